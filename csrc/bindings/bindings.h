@@ -1,0 +1,40 @@
+// What every binding needs. A binding is: checks, early return, launch.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+
+#include "bindings/python_tensor.h"
+#include "core/check.h"
+#include "core/launch.h"
+#include "cpu/kernels.h"
+
+namespace pyllm {
+
+namespace py = pybind11;
+
+// Runs (or records, while capturing) the launches in order, without the GIL.
+template <class... Launches>
+void run(const Launches&... launches) {
+  py::gil_scoped_release release;
+  submit({launches...});
+}
+
+// [T, D] as [T, 1, D]; anything else as it is.
+inline Tensor with_heads(Tensor t) {
+  if (t.ndim != 2) return t;
+  t.ndim = 3;
+  t.shape[2] = t.shape[1];
+  t.stride[2] = t.stride[1];
+  t.shape[1] = 1;
+  t.stride[1] = 0;
+  return t;
+}
+
+// Rows of `width` elements a chunk, so that a chunk is worth a few microseconds: short enough to
+// balance, long enough not to be lost in the counting.
+inline int64_t rows_per_chunk(int64_t rows, int64_t width) {
+  return std::clamp<int64_t>(8192 / std::max<int64_t>(width, 1), 1, std::max<int64_t>(rows, 1));
+}
+
+}  // namespace pyllm

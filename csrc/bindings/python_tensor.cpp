@@ -1,0 +1,74 @@
+#include "bindings/python_tensor.h"
+
+#include <string>
+
+namespace py = pybind11;
+
+namespace pyllm {
+namespace {
+
+// Attribute names and the torch.dtype objects, looked up once. Never freed: they live as long as
+// the interpreter.
+struct Names {
+  PyObject* data_ptr = PyUnicode_InternFromString("data_ptr");
+  PyObject* dtype = PyUnicode_InternFromString("dtype");
+  PyObject* shape = PyUnicode_InternFromString("shape");
+  PyObject* stride = PyUnicode_InternFromString("stride");
+  PyObject* is_cpu = PyUnicode_InternFromString("is_cpu");
+  PyObject* dtypes[std::size(kDTypeNames)];
+  Names() {
+    py::module_ torch = py::module_::import("torch");
+    for (size_t i = 0; i < std::size(kDTypeNames); ++i)
+      dtypes[i] = py::object(torch.attr(kDTypeNames[i])).release().ptr();
+  }
+};
+
+py::object owned(PyObject* object) {
+  if (!object) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(object);
+}
+
+void read_sizes(const py::object& tuple, int64_t* out, int ndim) {
+  for (int i = 0; i < ndim; ++i) {
+    out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
+    if (out[i] == -1 && PyErr_Occurred()) throw py::error_already_set();
+  }
+}
+
+}  // namespace
+
+Tensor tensor_from_python(py::handle object) {
+  static const Names* names = new Names;
+  const auto type_error = [&](const std::string& expected) {
+    return py::type_error("expected " + expected + ", got " + std::string(py::str(py::type::of(object))));
+  };
+  PyObject* dtype_object = PyObject_GetAttr(object.ptr(), names->dtype);
+  if (!dtype_object) {
+    PyErr_Clear();
+    throw type_error("a torch.Tensor");
+  }
+  const py::object dtype = owned(dtype_object);
+  Tensor t;
+  size_t i = 0;
+  while (i < std::size(kDTypeNames) && names->dtypes[i] != dtype.ptr()) ++i;
+  if (i == std::size(kDTypeNames))
+    throw py::type_error("expected a dtype that pyllm knows, got " + std::string(py::str(dtype)));
+  t.dtype = static_cast<DType>(i);
+  const py::object is_cpu = owned(PyObject_GetAttr(object.ptr(), names->is_cpu));
+  if (is_cpu.ptr() != Py_True)
+    throw py::type_error("expected a CPU tensor, got one on " + std::string(py::str(object.attr("device"))));
+  const py::object shape = owned(PyObject_GetAttr(object.ptr(), names->shape));
+  const py::object stride = owned(PyObject_CallMethodNoArgs(object.ptr(), names->stride));
+  if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) throw type_error("a torch.Tensor");
+  t.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
+  if (t.ndim > kMaxDims)
+    throw py::type_error("expected at most " + std::to_string(kMaxDims) + " dimensions, got " +
+                         std::to_string(t.ndim));
+  read_sizes(shape, t.shape, t.ndim);
+  read_sizes(stride, t.stride, t.ndim);
+  t.data = PyLong_AsVoidPtr(owned(PyObject_CallMethodNoArgs(object.ptr(), names->data_ptr)).ptr());
+  if (!t.data && PyErr_Occurred()) throw py::error_already_set();
+  return t;
+}
+
+}  // namespace pyllm

@@ -1,0 +1,22 @@
+// From a torch.Tensor (or None) to a pyllm::Tensor, through the tensor's Python attributes only: we
+// include no torch header and link no torch library, so one build serves every torch release.
+#pragma once
+#include <pybind11/pybind11.h>
+
+#include "core/tensor.h"
+
+namespace pyllm {
+// Throws py::type_error unless `object` is a CPU tensor of a dtype that we know.
+Tensor tensor_from_python(pybind11::handle object);
+}  // namespace pyllm
+
+namespace pybind11::detail {
+template <>
+struct type_caster<pyllm::Tensor> {
+  PYBIND11_TYPE_CASTER(pyllm::Tensor, const_name("torch.Tensor | None"));
+  bool load(handle source, bool) {
+    value = source.is_none() ? pyllm::Tensor{} : pyllm::tensor_from_python(source);
+    return true;
+  }
+};
+}  // namespace pybind11::detail

@@ -1,0 +1,24 @@
+#include "bindings/bindings.h"
+
+namespace pyllm {
+namespace {
+
+void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Tensor residual_out) {
+  for (Tensor* t : {&x, &residual, &y, &residual_out}) *t = with_heads(*t);
+  Check c("rms_norm");
+  c(x, "x", "T H D", kFloats);
+  c(weight, "weight", "D", kFloats);
+  c.optional(residual, "residual", "T H D", {x.dtype});
+  c(y, "out", "T H D", {x.dtype});
+  c.optional(residual_out, "residual_out", "T H D", {x.dtype});
+  c.require(residual.defined() == residual_out.defined(), "residual and residual_out come together");
+  if (x.numel() == 0) return;
+  RmsNormArgs args{x, weight, residual, y, residual_out, eps, rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+  run(make_launch("rms_norm", kernels().rms_norm, args));
+}
+
+}  // namespace
+
+void register_rms_norm(py::module_& m) { m.def("rms_norm", &rms_norm); }
+
+}  // namespace pyllm

@@ -1,0 +1,37 @@
+// The table of CPU kernels: one entry a kernel, one table an instruction set, chosen once.
+#pragma once
+#include "core/cpu_features.h"
+#include "cpu/rms_norm.h"
+
+namespace pyllm {
+
+struct Kernels {
+#define PYLLM_CPU_KERNEL(function, Args) void (*function)(const Args&, int64_t chunk);
+#include "cpu/kernels.def"
+#undef PYLLM_CPU_KERNEL
+};
+
+namespace baseline {
+extern const Kernels table;
+}
+namespace avx2 {
+extern const Kernels table;
+}
+namespace avx512 {
+extern const Kernels table;
+}
+
+inline const Kernels& kernels() {
+  static const Kernels& chosen = []() -> const Kernels& {
+    switch (selected_isa()) {
+#if defined(PYLLM_X86)
+      case Isa::kAvx512: return avx512::table;
+      case Isa::kAvx2: return avx2::table;
+#endif
+      default: return baseline::table;
+    }
+  }();
+  return chosen;
+}
+
+}  // namespace pyllm

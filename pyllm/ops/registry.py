@@ -1,0 +1,81 @@
+"""Which backend serves a call.
+
+The choice, in this order: the ``backend=`` argument, ``PYLLM_BACKEND``, then `RULES`. A backend that
+was asked for and cannot serve raises `BackendError`; nothing falls back silently.
+"""
+
+import os
+from collections.abc import Callable
+
+import torch
+
+BACKENDS = ("reference", "cpu", "cuda", "triton", "emulator")
+
+# device type -> the backends tried in this order. The first that has the op serves.
+RULES = {
+    "cpu": ("cpu", "reference"),
+    "cuda": ("cuda", "triton", "reference"),
+}
+# Which devices a backend can read tensors of.
+DEVICES = {
+    "reference": None,  # any
+    "cpu": ("cpu",),
+    "cuda": ("cuda",),
+    "triton": ("cuda",),
+    "emulator": ("cpu",),
+}
+
+
+class BackendError(RuntimeError):
+    """The backend that was asked for cannot serve this call; the message says why."""
+
+
+class Op:
+    """The implementations of one op, by backend. All take the same arguments."""
+
+    def __init__(self, name: str):
+        self.name = name
+        self.backends: dict[str, Callable] = {}
+        OPS[name] = self
+
+    def register(self, backend: str):
+        """Decorator that adds the implementation of `backend`."""
+
+        def add(function):
+            self.backends[backend] = function
+            return function
+
+        return add
+
+    def refusal(self, backend: str, device_type: str) -> str | None:
+        """Why `backend` cannot serve tensors on `device_type`, or None if it can."""
+        if backend not in BACKENDS:
+            return f"no such backend; expected one of {', '.join(BACKENDS)}"
+        devices = DEVICES[backend]
+        if devices is not None and device_type not in devices:
+            return f"it reads tensors on {' or '.join(devices)}, these are on {device_type}"
+        if backend not in self.backends:
+            return f"this build has no {backend} kernel for {self.name}"
+        return None
+
+    def choose(self, device_type: str, backend: str | None = None) -> str:
+        """The name of the backend that serves, see the module's docstring."""
+        asked = backend or os.environ.get("PYLLM_BACKEND")
+        if asked:
+            why = self.refusal(asked, device_type)
+            if why:
+                raise BackendError(f"{self.name}: backend {asked!r} was asked for, but {why}")
+            return asked
+        for name in RULES.get(device_type, ("reference",)):
+            if self.refusal(name, device_type) is None:
+                return name
+        raise BackendError(f"{self.name}: no backend serves tensors on {device_type}")
+
+    def implementation(self, x: torch.Tensor, backend: str | None = None) -> Callable:
+        """The function that serves a call whose first tensor is `x`."""
+        if not isinstance(x, torch.Tensor):
+            raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
+        return self.backends[self.choose(x.device.type, backend)]
+
+
+OPS: dict[str, Op] = {}

@@ -1,0 +1,54 @@
+"""Root mean square layer normalization (Zhang and Sennrich, 2019, arXiv:1910.07467)."""
+
+import torch
+
+from pyllm import _C
+from pyllm.ops.alloc import empty_like
+from pyllm.ops.registry import Op
+
+_OP = Op("rms_norm")
+
+
+def rms_norm(x, weight, eps=1e-6, *, residual=None, out=None, backend=None):
+    """``x / sqrt(mean(x², -1) + eps) * weight``, the residual add fused.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
+        weight: ``[D]``, any of those dtypes.
+        eps: added to the mean square.
+        residual: like `x`; if given, ``x + residual`` is normalized and returned too.
+        out: where to write the result, like `x`.
+
+    Returns:
+        ``y``, or ``(y, x + residual)``.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+        BackendError: if `backend` cannot serve.
+    """
+    return _OP.implementation(x, backend)(x, weight, eps, residual, out)
+
+
+@_OP.register("reference")
+def _reference(x, weight, eps, residual, out):
+    # What is normalized is the sum as it is stored, in x's dtype.
+    total = x if residual is None else x + residual
+    exact = total.double() if x.dtype == torch.float64 else total.float()
+    y = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight.to(exact.dtype)
+    y = y.to(x.dtype) if out is None else out.copy_(y)
+    return y if residual is None else (y, total)
+
+
+@_OP.register("cpu")
+def _cpu(x, weight, eps, residual, out):
+    y = empty_like(x) if out is None else out
+    total = None if residual is None else empty_like(x)
+    _C.rms_norm(at_most_3d(x), weight, eps, at_most_3d(residual), at_most_3d(y), at_most_3d(total))
+    return y if residual is None else (y, total)
+
+
+def at_most_3d(x):
+    """`x` as ``[T, D]`` or ``[T, H, D]`` without a copy; None stays None."""
+    if x is None or 2 <= x.ndim <= 3:
+        return x
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -3)

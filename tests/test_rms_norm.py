@@ -1,0 +1,73 @@
+import pytest
+import torch
+from cases import DTYPES, ROWS, dtype_name, rand, strided
+from compare import assert_close, poisoned
+
+from pyllm.ops import rms_norm
+
+EPS = 1e-5
+
+
+def torch_rms_norm(x, weight, residual=None):
+    """PyTorch's own, in the dtype of its inputs."""
+    x = x if residual is None else x + residual
+    return torch.nn.functional.rms_norm(x, (x.shape[-1],), weight.to(x.dtype), EPS)
+
+
+@pytest.mark.parametrize("shape", ROWS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_matches_reference(shape, dtype, layout, with_residual):
+    x, residual = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
+    weight = rand(shape[-1], seed=2)
+    if layout == "strided":
+        x, residual = strided(x), strided(residual)
+    out = poisoned(shape, dtype)
+    if not with_residual:
+        y = rms_norm(x, weight, EPS, out=out, backend="cpu")
+        total = x
+    else:
+        y, total = rms_norm(x, weight, EPS, residual=residual, out=out, backend="cpu")
+        assert torch.equal(total, x + residual)
+    assert y is out
+    exact = rms_norm(total.double(), weight.double(), EPS, backend="reference")
+    assert_close(y, exact, torch_rms_norm(total, weight))
+
+
+def test_leading_dimensions_and_heads_of_a_fused_projection():
+    qkv = rand(6, 5 * 32)
+    heads = qkv[:, : 3 * 32].view(6, 3, 32)
+    weight = rand(32, seed=1)
+    assert torch.equal(rms_norm(heads, weight), rms_norm(heads.contiguous(), weight))
+
+
+def test_non_finite_values_stay_in_their_row():
+    x = rand(3, 40)
+    x[0, 3], x[1, 5] = float("nan"), float("inf")
+    y = rms_norm(x, torch.ones(40))
+    reference = rms_norm(x, torch.ones(40), backend="reference")
+    assert torch.equal(torch.isnan(y), torch.isnan(reference))
+    assert torch.isfinite(y[2]).all()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    x, weight = rand(50, 96), rand(96, seed=1)
+    whole = rms_norm(x, weight)
+    assert all(torch.equal(rms_norm(x[i : i + 1], weight)[0], whole[i]) for i in range(50))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"weight": torch.ones(7)}, r"weight: expected .*\[D\], got float32\[7\] \(D is 8\)"),
+        ({"x": torch.ones(2, 8, dtype=torch.int32)}, "x: expected float32"),
+        ({"residual": torch.ones(3, 8)}, r"residual: expected .*\(T is 2\)"),
+        ({"x": torch.ones(8, 2).t()}, "contiguous last dimension"),
+        ({"out": torch.ones(2, 8, dtype=torch.float16)}, "out: expected float32"),
+    ],
+)
+def test_bad_arguments(arguments, message):
+    good = {"x": torch.ones(2, 8), "weight": torch.ones(8), "backend": "cpu"}
+    with pytest.raises(ValueError, match=message):
+        rms_norm(**{**good, **arguments})
