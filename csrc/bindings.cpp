@@ -3,10 +3,12 @@
 namespace pyllm {
 void register_runtime(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
+void register_activation(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyllm: CPU kernels, the thread pool and the plan.";
   pyllm::register_runtime(m);
   pyllm::register_rms_norm(m);
+  pyllm::register_activation(m);
 }

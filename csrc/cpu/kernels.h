@@ -1,6 +1,7 @@
 // The table of CPU kernels: one entry a kernel, one table an instruction set, chosen once.
 #pragma once
 #include "core/cpu_features.h"
+#include "cpu/activation.h"
 #include "cpu/rms_norm.h"
 
 namespace pyllm {

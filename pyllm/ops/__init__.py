@@ -1,5 +1,6 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
+from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.rms_norm import rms_norm
 
-__all__ = ["rms_norm"]
+__all__ = ["gelu", "gelu_mul", "relu", "rms_norm", "silu_mul"]

@@ -1,7 +1,7 @@
 """Which backend serves a call.
 
-The choice, in this order: the ``backend=`` argument, ``PYLLM_BACKEND``, then `RULES`. A backend that
-was asked for and cannot serve raises `BackendError`; nothing falls back silently.
+The choice, in this order: the ``backend=`` argument, ``PYLLM_BACKEND``, then `RULES`. A backend
+that was asked for and cannot serve raises `BackendError`; nothing falls back silently.
 """
 
 import os

@@ -1,0 +1,26 @@
+#include "bindings/bindings.h"
+
+namespace pyllm {
+namespace {
+
+void activation(const std::string& kind, Tensor x, Tensor up, Tensor y) {
+  for (Tensor* t : {&x, &up, &y}) *t = with_heads(*t);
+  Check c("activation");
+  const auto name = std::find(std::begin(kActivationNames), std::end(kActivationNames), kind);
+  c.require(name != std::end(kActivationNames),
+            "kind: expected relu, silu, gelu or gelu_tanh, got '" + kind + "'");
+  c(x, up.defined() ? "gate" : "x", "T H D", kFloats);
+  c.optional(up, "up", "T H D", {x.dtype});
+  c(y, "out", "T H D", {x.dtype});
+  if (x.numel() == 0) return;
+  const auto index = name - std::begin(kActivationNames);
+  ActivationArgs args{x, up, y, static_cast<Activation>(index),
+                      rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+  run(make_launch(kActivationNames[index], kernels().activation, args));
+}
+
+}  // namespace
+
+void register_activation(py::module_& m) { m.def("activation", &activation); }
+
+}  // namespace pyllm

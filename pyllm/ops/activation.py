@@ -1,0 +1,72 @@
+"""Pointwise activations, with the product of a gated unit fused (Shazeer, 2020, arXiv:2002.05202).
+
+All take ``[..., D]`` float32, bfloat16 or float16 with the last dimension contiguous, so that
+gate and up may be the halves of one fused projection. They compute in float32, round once, and
+return a tensor like the first argument. They raise ValueError for shapes or dtypes that do not fit
+together and BackendError if `backend` cannot serve.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from pyllm import _C
+from pyllm.ops.alloc import empty_like
+from pyllm.ops.registry import Op
+from pyllm.ops.rms_norm import at_most_3d
+
+_OP = Op("activation")
+
+# approximate= of gelu -> kind
+_GELU = {"none": "gelu", "tanh": "gelu_tanh"}
+
+
+def silu_mul(gate, up, *, out=None, backend=None):
+    """``gate * sigmoid(gate) * up``, the gated unit of Llama (SwiGLU)."""
+    return _OP.implementation(gate, backend)("silu", gate, up, out)
+
+
+def gelu(x, approximate="none", *, out=None, backend=None):
+    """``x * Phi(x)`` (Hendrycks and Gimpel, 2016, arXiv:1606.08415).
+
+    `approximate` is ``"none"`` (the error function) or ``"tanh"``, as in PyTorch.
+    """
+    return _OP.implementation(x, backend)(_gelu_kind(approximate), x, None, out)
+
+
+def gelu_mul(gate, up, approximate="none", *, out=None, backend=None):
+    """``gelu(gate, approximate) * up``, the gated unit of T5 v1.1 and Gemma (GEGLU)."""
+    return _OP.implementation(gate, backend)(_gelu_kind(approximate), gate, up, out)
+
+
+def relu(x, *, out=None, backend=None):
+    """``max(x, 0)``; NaN stays NaN."""
+    return _OP.implementation(x, backend)("relu", x, None, out)
+
+
+def _gelu_kind(approximate):
+    if approximate not in _GELU:
+        raise ValueError(f"gelu: approximate: expected 'none' or 'tanh', got {approximate!r}")
+    return _GELU[approximate]
+
+
+_FUNCTIONS = {
+    "relu": F.relu,
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+}
+
+
+@_OP.register("reference")
+def _reference(kind, x, up, out):
+    exact = torch.promote_types(x.dtype, torch.float32)
+    y = _FUNCTIONS[kind](x.to(exact))
+    y = (y if up is None else y * up).to(x.dtype)
+    return y if out is None else out.copy_(y)
+
+
+@_OP.register("cpu")
+def _cpu(kind, x, up, out):
+    y = empty_like(x) if out is None else out
+    _C.activation(kind, at_most_3d(x), at_most_3d(up), at_most_3d(y))
+    return y

@@ -1,0 +1,104 @@
+import pytest
+import torch
+import torch.nn.functional as F
+from cases import DTYPES, ROWS, dtype_name, rand, strided
+from compare import EPS, assert_close, poisoned
+
+from pyllm.ops import gelu, gelu_mul, relu, silu_mul
+
+UNARY = {
+    "relu": (relu, F.relu),
+    "gelu": (gelu, F.gelu),
+    "gelu_tanh": (lambda x, **k: gelu(x, "tanh", **k), lambda x: F.gelu(x, approximate="tanh")),
+}
+GATED = {
+    "silu_mul": (silu_mul, F.silu),
+    "gelu_mul": (gelu_mul, F.gelu),
+    "gelu_mul_tanh": (lambda g, u, **k: gelu_mul(g, u, "tanh", **k), UNARY["gelu_tanh"][1]),
+}
+
+
+@pytest.mark.parametrize("shape", [*ROWS, (1, 5000), (2, 3, 9000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("name", [*UNARY, *GATED])
+def test_matches_reference(shape, dtype, layout, name):
+    op, torch_function = (UNARY | GATED)[name]
+    inputs = [rand(*shape, dtype=dtype, scale=3, seed=i) for i in range(1 + (name in GATED))]
+    if layout == "strided":
+        inputs = [strided(x) for x in inputs]
+    out = poisoned(shape, dtype)
+    assert op(*inputs, out=out, backend="cpu") is out
+    exact = op(*(x.double() for x in inputs), backend="reference")
+    same_dtype = torch_function(inputs[0])
+    if name in GATED:
+        same_dtype = same_dtype * inputs[1]
+    assert_close(out, exact, same_dtype)
+
+
+@pytest.mark.parametrize("name", UNARY)
+def test_relative_accuracy_over_the_whole_range(name):
+    """A few units in the last place of every value that is a normal number."""
+    op, _ = UNARY[name]
+    x = torch.linspace(-12, 40, 100001)
+    exact = op(x.double(), backend="reference")
+    if name == "gelu":  # erfc has no cancellation where 1 + erf has
+        exact = x.double() * torch.special.erfc(-x.double() / 2**0.5) / 2
+    if name == "gelu_tanh":
+        cubic = x.double() + 0.044715 * x.double() ** 3
+        exact = x.double() * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * cubic)
+    error = (op(x, backend="cpu").double() - exact).abs()
+    # The argument of the exponential rounds too, and its error comes out multiplied by it.
+    amplified = 1 + (x.double().abs() ** 3 * 0.08 if name == "gelu_tanh" else x.double() ** 2 / 16)
+    normal = exact.abs() > 1e-36
+    worst = (error / (exact.abs() * amplified).clamp(min=1e-38))[normal].max()
+    assert worst < 4 * EPS[torch.float32]
+
+
+def test_silu_relative_accuracy():
+    x = torch.linspace(-80, 80, 100001)
+    exact = F.silu(x.double())
+    error = (silu_mul(x, torch.ones_like(x), backend="cpu").double() - exact).abs()
+    assert (error / exact.abs().clamp(min=1e-36)).max() < 4 * EPS[torch.float32]
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", [*UNARY, *GATED])
+def test_non_finite_and_extreme_values(name, dtype):
+    op, torch_function = (UNARY | GATED)[name]
+    huge = torch.finfo(dtype).max
+    inf, nan = float("inf"), float("nan")
+    x = torch.tensor([nan, inf, -inf, huge, -huge, 0.0, -0.0, 1e-7, -50.0], dtype=dtype)
+    up = [torch.ones_like(x)] if name in GATED else []
+    y = op(x, *up, backend="cpu")
+    expected = torch_function(x.double())
+    torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-6, equal_nan=True)
+
+
+def test_halves_of_a_fused_projection():
+    gate, up = rand(6, 2 * 40).chunk(2, -1)
+    assert torch.equal(silu_mul(gate, up), silu_mul(gate.contiguous(), up.contiguous()))
+
+
+@pytest.mark.parametrize("width", [17, 96, 9000])
+def test_a_row_does_not_depend_on_the_others(width):
+    gate, up = rand(20, width), rand(20, width, seed=1)
+    whole = silu_mul(gate, up)
+    for i in range(20):
+        assert torch.equal(silu_mul(gate[i : i + 1], up[i : i + 1])[0], whole[i])
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda x: silu_mul(x, torch.ones(2, 7)), r"up: expected .*\(D is 8\)"),
+        (lambda x: silu_mul(x, x.half()), "up: expected float32"),
+        (lambda x: relu(x.int()), "x: expected float32"),
+        (lambda x: relu(x, out=torch.ones(3, 8)), r"out: expected .*\(T is 2\)"),
+        (lambda x: relu(x.t()), "contiguous last dimension"),
+        (lambda x: gelu(x, "exact"), "approximate: expected 'none' or 'tanh', got 'exact'"),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call(torch.ones(2, 8))
