@@ -4,6 +4,7 @@ namespace pyllm {
 void register_runtime(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
 void register_activation(pybind11::module_& m);
+void register_rope_cache(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
@@ -11,4 +12,5 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_runtime(m);
   pyllm::register_rms_norm(m);
   pyllm::register_activation(m);
+  pyllm::register_rope_cache(m);
 }

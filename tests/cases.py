@@ -23,3 +23,44 @@ def strided(x, extra=5):
 
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
+
+
+# (new tokens, keys in the cache before them) of the sequences of a ragged batch: one token, a whole
+# prompt, decoding at several depths, mixtures, an empty sequence between others.
+RAGGED = [
+    [(1, 0)],
+    [(17, 0)],
+    [(1, 300)],
+    [(5, 40), (1, 7), (33, 0)],
+    [(1, 511), (1, 512), (1, 513), (0, 3), (2, 63)],
+]
+
+
+class PagedBatch:
+    """The integers of a ragged batch over a paged cache whose pages lie in no order."""
+
+    def __init__(self, sequences, page_size=16, spare_pages=3, seed=0):
+        new = torch.tensor([n for n, _ in sequences], dtype=torch.int32)
+        self.context_lens = new + torch.tensor([past for _, past in sequences], dtype=torch.int32)
+        self.cu_seqlens_q = torch.cat((torch.zeros(1), new.cumsum(0))).int()
+        self.positions = torch.cat([torch.arange(p, p + n) for n, p in sequences]).int()
+        self.page_size = page_size
+        pages = (self.context_lens + page_size - 1) // page_size
+        self.n_pages = int(pages.sum()) + spare_pages
+        generator = torch.Generator().manual_seed(seed)
+        order = torch.randperm(self.n_pages, generator=generator).int()
+        # Entries beyond a sequence's pages are nonsense that must not be followed.
+        self.page_table = torch.full((len(sequences), int(pages.max()) + 2), -7, dtype=torch.int32)
+        for row, part in zip(
+            self.page_table, order.split([*pages.tolist(), spare_pages]), strict=False
+        ):
+            row[: len(part)] = part
+
+    @property
+    def tokens(self):
+        return int(self.cu_seqlens_q[-1])
+
+    def caches(self, kv_heads, head_dim, dtype, value=float("nan")):
+        """Two caches full of `value`."""
+        shape = (self.n_pages, self.page_size, kv_heads, head_dim)
+        return torch.full(shape, value, dtype=dtype), torch.full(shape, value, dtype=dtype)

@@ -7,6 +7,7 @@
 #include "bindings/python_tensor.h"
 #include "core/check.h"
 #include "core/launch.h"
+#include "core/plan.h"
 #include "cpu/kernels.h"
 
 namespace pyllm {

@@ -3,6 +3,7 @@
 #include "core/cpu_features.h"
 #include "cpu/activation.h"
 #include "cpu/rms_norm.h"
+#include "cpu/rope_cache.h"
 
 namespace pyllm {
 

@@ -2,5 +2,13 @@
 
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.rms_norm import rms_norm
+from pyllm.ops.rope_cache import rope_cache
 
-__all__ = ["gelu", "gelu_mul", "relu", "rms_norm", "silu_mul"]
+__all__ = [
+    "gelu",
+    "gelu_mul",
+    "relu",
+    "rms_norm",
+    "rope_cache",
+    "silu_mul",
+]

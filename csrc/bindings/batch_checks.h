@@ -1,0 +1,35 @@
+// Checks of the integers that describe a ragged batch over a paged cache. They read memory that
+// later replays of a plan will have changed, so they run when an op runs at once and not when it is
+// recorded; the kernels themselves never follow such an integer out of a tensor.
+#pragma once
+#include "bindings/bindings.h"
+
+namespace pyllm {
+
+// `cu` runs from 0 to `total` and never falls.
+inline void check_cu_seqlens(const Check& c, const Tensor& cu, const char* name, int64_t total) {
+  const int32_t* at = cu.as<int32_t>();
+  const int64_t n = cu.shape[0];
+  bool ok = at[0] == 0 && at[n - 1] == total;
+  for (int64_t i = 1; i < n; ++i) ok &= at[i - 1] <= at[i];
+  c.require(ok, std::string(name) + ": expected to run from 0 to " + std::to_string(total) +
+                    " without falling, got " + std::to_string(at[0]) + " to " +
+                    std::to_string(at[n - 1]));
+}
+
+// The page that holds position `position` of sequence b exists.
+inline void check_page(const Check& c, const Tensor& page_table, int64_t b, int64_t position,
+                       int64_t page_size, int64_t pages) {
+  const int64_t index = position / page_size;
+  c.require(index < page_table.shape[1],
+            "page_table: expected a page for position " + std::to_string(position) +
+                " of sequence " + std::to_string(b) + ", got room for " +
+                std::to_string(page_table.shape[1] * page_size) + " positions");
+  const int64_t page = page_table.row<int32_t>(b)[index];
+  c.require(page >= 0 && page < pages, "page_table[" + std::to_string(b) + ", " +
+                                           std::to_string(index) + "]: expected a page from 0 to " +
+                                           std::to_string(pages - 1) + ", got " +
+                                           std::to_string(page));
+}
+
+}  // namespace pyllm

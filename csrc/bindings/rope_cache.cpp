@@ -1,0 +1,52 @@
+#include "bindings/batch_checks.h"
+
+namespace pyllm {
+namespace {
+
+void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, Tensor k_cache,
+                Tensor v_cache, Tensor cu_seqlens_q, Tensor page_table, bool interleaved,
+                Tensor out) {
+  Check c("rope_cache");
+  c(q, "q", "T H D", kFloats);
+  c(k, "k", "T Hkv D", {q.dtype});
+  c(v, "v", "T Hkv D", {q.dtype});
+  c(cos_sin, "cos_sin", "P R", {DType::F32});
+  c(positions, "positions", "T", {DType::I32});
+  c(k_cache, "k_cache", "pages page_size Hkv D", kFloats);
+  c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
+  c(page_table, "page_table", "B max_pages", {DType::I32});
+  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
+  c(out, "out", "T H D", {q.dtype});
+  const int64_t batch = c.dim("B"), pages = c.dim("pages"), page_size = c.dim("page_size");
+  c.require(cu_seqlens_q.shape[0] == batch + 1,
+            "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
+                std::to_string(cu_seqlens_q.shape[0]));
+  c.require(c.dim("R") % 2 == 0 && c.dim("R") <= c.dim("D"),
+            "cos_sin: expected an even width of at most D = " + std::to_string(c.dim("D")) +
+                ", got " + std::to_string(c.dim("R")));
+  c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
+  if (!capturing()) check_cu_seqlens(c, cu_seqlens_q, "cu_seqlens_q", c.dim("T"));
+  if (c.dim("T") == 0) return;
+  c.require(c.dim("P") >= 1, "cos_sin: expected at least one position, got none");
+  if (!capturing()) {
+    const int32_t *cu = cu_seqlens_q.as<int32_t>(), *at = positions.as<int32_t>();
+    for (int64_t b = 0; b < batch; ++b)
+      for (int64_t t = cu[b]; t < cu[b + 1]; ++t) {
+        c.require(at[t] >= 0 && at[t] < c.dim("P"),
+                  "positions[" + std::to_string(t) + "]: expected 0 to " +
+                      std::to_string(c.dim("P") - 1) + ", got " + std::to_string(at[t]));
+        check_page(c, page_table, b, at[t], page_size, pages);
+      }
+  }
+  RopeCacheArgs args{
+      q, k, v, cos_sin, k_cache, v_cache, out, positions.as<int32_t>(), cu_seqlens_q.as<int32_t>(),
+      page_table.as<int32_t>(), page_table.stride[0], page_table.shape[1], batch,
+      rows_per_chunk(c.dim("T"), (c.dim("H") + 2 * c.dim("Hkv")) * c.dim("D")), interleaved};
+  run(make_launch("rope_cache", kernels().rope_cache, args));
+}
+
+}  // namespace
+
+void register_rope_cache(py::module_& m) { m.def("rope_cache", &rope_cache); }
+
+}  // namespace pyllm
