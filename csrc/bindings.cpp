@@ -5,6 +5,8 @@ void register_runtime(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
 void register_activation(pybind11::module_& m);
 void register_rope_cache(pybind11::module_& m);
+void register_quant_matmul(pybind11::module_& m);
+void register_quant_pack(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
@@ -13,4 +15,6 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_rms_norm(m);
   pyllm::register_activation(m);
   pyllm::register_rope_cache(m);
+  pyllm::register_quant_matmul(m);
+  pyllm::register_quant_pack(m);
 }

@@ -2,6 +2,8 @@
 #pragma once
 #include "core/cpu_features.h"
 #include "cpu/activation.h"
+#include "cpu/quant_matmul.h"
+#include "cpu/quantize_activation.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 

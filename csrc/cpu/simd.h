@@ -83,6 +83,10 @@ PYLLM_INLINE void store(bf16* p, f32x16 a) {
 PYLLM_INLINE void store(f16* p, f32x16 a) {
   _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
+// Whole numbers in [-128, 127].
+PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
 
 #elif defined(PYLLM_ISA_AVX2)
 
@@ -167,6 +171,12 @@ PYLLM_INLINE void store(f16* p, f32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p + 8),
                    _mm256_cvtps_ph(a.hi, _MM_FROUND_TO_NEAREST_INT));
 }
+PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
+  const __m256i words = _mm256_permute4x64_epi64(
+      _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
 
 #else
 
@@ -212,6 +222,9 @@ PYLLM_INLINE f32x16 load(const T* p) { PYLLM_LANES(to_float(p[i])); }
 template <class T>
 PYLLM_INLINE void store(T* p, f32x16 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(a.v[i]);
+}
+PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
+  for (int i = 0; i < kLanes; ++i) p[i] = static_cast<int8_t>(a.v[i]);
 }
 #undef PYLLM_LANES
 

@@ -1,12 +1,15 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
+from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
 
 __all__ = [
     "gelu",
     "gelu_mul",
+    "quant_matmul",
+    "quantize_activation",
     "relu",
     "rms_norm",
     "rope_cache",

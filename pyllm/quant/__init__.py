@@ -1,0 +1,6 @@
+"""Quantized weights: `QuantTensor`, the one form between file formats and kernels."""
+
+from pyllm.quant.activation import QuantActivation
+from pyllm.quant.tensor import QuantTensor
+
+__all__ = ["QuantActivation", "QuantTensor"]

@@ -1,0 +1,95 @@
+#include "bindings/bindings.h"
+#include "core/thread_pool.h"
+
+namespace pyllm {
+namespace {
+
+QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
+                         int group_size, bool has_minimum) {
+  c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
+  c.require(group_size == 16 || group_size == 32,
+            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
+  c.require(n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
+            "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
+                std::to_string(n) + ", " + std::to_string(k) + "]");
+  const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
+  c.require(packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
+                packed.stride[0] == 1,
+            "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
+  return w;
+}
+
+void check_rows(Check& c, const Tensor& q, const char* name, const ActivationLayout& layout) {
+  c(q, name, "T _", {DType::U8});
+  c.require(q.shape[1] == layout.row_bytes(),
+            std::string(name) + ": expected rows of " + std::to_string(layout.row_bytes()) +
+                " bytes, got " + describe(q));
+}
+
+// Several chunks a thread, so that they balance, but each worth about a microsecond. A block of tokens
+// is what stays in L2 while the panels pass.
+QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
+  constexpr int64_t kTokenBytes = 512 * 1024, kWanted = 6, kTile = 12;
+  const int64_t tokens = q.shape[0], threads = ThreadPool::get().size();
+  QuantMatmulArgs a{q, bias, y, w, 1, tokens};
+  const int64_t blocks = (tokens * q.shape[1] + kTokenBytes - 1) / kTokenBytes;
+  if (blocks > 1) a.tokens_per_chunk = (tokens + blocks * kTile - 1) / (blocks * kTile) * kTile;
+  const int64_t wanted = std::max<int64_t>(kWanted * threads / std::max<int64_t>(blocks, 1), 1);
+  a.panels_per_chunk = std::max<int64_t>(w.panels() / wanted, 1);
+  return a;
+}
+
+QuantizeActivationArgs quantize_args(const Tensor& x, const Tensor& q, int group_size) {
+  return {x, q, group_size, rows_per_chunk(x.shape[0], x.shape[1])};
+}
+
+void quantize_activation(Tensor x, Tensor q, int group_size) {
+  Check c("quantize_activation");
+  c(x, "x", "T K", kFloats);
+  c.require((group_size == 16 || group_size == 32) && x.shape[1] > 0 && x.shape[1] % group_size == 0,
+            "x: expected K to be a multiple of the group size " + std::to_string(group_size) +
+                ", got " + describe(x));
+  check_rows(c, q, "out", {x.shape[1], group_size});
+  if (x.numel() == 0) return;
+  run(make_launch("quantize_activation", kernels().quantize_activation,
+                  quantize_args(x, q, group_size)));
+}
+
+void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int group_size,
+                  bool has_minimum, Tensor bias, Tensor y) {
+  Check c("quant_matmul");
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
+  check_rows(c, q, "x", {k, group_size});
+  c(y, "out", "T N", kFloats);
+  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  c.optional(bias, "bias", "N", {DType::F32});
+  if (y.numel() == 0) return;
+  run(make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
+}
+
+// x is quantized into q first.
+void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, int bits,
+                     int group_size, bool has_minimum, Tensor bias, Tensor y) {
+  Check c("quant_matmul");
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
+  c(x, "x", "T K", kFloats);
+  c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
+  check_rows(c, q, "scratch", {k, group_size});
+  c(y, "out", "T N", kFloats);
+  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  c.optional(bias, "bias", "N", {DType::F32});
+  if (y.numel() == 0) return;
+  run(make_launch("quantize_activation", kernels().quantize_activation,
+                  quantize_args(x, q, group_size)),
+      make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
+}
+
+}  // namespace
+
+void register_quant_matmul(py::module_& m) {
+  m.def("quantize_activation", &quantize_activation);
+  m.def("quant_matmul", &quant_matmul);
+  m.def("quantize_matmul", &quantize_matmul);
+}
+
+}  // namespace pyllm

@@ -1,0 +1,72 @@
+// Decoding (one token) is bound by the bytes of w; many tokens are bound by int8 multiplications,
+// one vpdpbusd for 64 of them. One loop serves both, so a token's result does not depend on how many
+// others come with it: a panel of w is read from memory once, and all tokens of the chunk, in tiles
+// of up to kMaxTile, are multiplied by it while it is in L1 or L2.
+#include "cpu/quant_matmul.h"
+
+#include <type_traits>
+
+#include "cpu/quant_tile.h"
+
+namespace pyllm::PYLLM_ISA {
+namespace {
+
+using Tile = void (*)(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]);
+
+// Fills tiles[1..kMaxTile].
+template <class F, int MR = kMaxTile>
+PYLLM_INLINE void list_tiles(Tile* tiles) {
+  tiles[MR] = &tile<F, MR>;
+  if constexpr (MR > 1) list_tiles<F, MR - 1>(tiles);
+}
+
+template <class T>
+void store_tile(const QuantMatmulArgs& a, int64_t token, int tokens, int64_t n, float (*acc)[kLanes]) {
+  const int64_t width = a.w.n - n;
+  const f32x16 bias = a.bias.defined() ? load_n(a.bias.as<float>() + n, width) : zero();
+  for (int t = 0; t < tokens; ++t) {
+    const f32x16 sum = load(acc[t]);
+    store_n(a.y.row<T>(token + t) + n, a.bias.defined() ? sum + bias : sum, width);
+  }
+}
+
+template <class F>
+void multiply(const QuantMatmulArgs& a, int64_t chunk) {
+  Tile tiles[kMaxTile + 1];
+  list_tiles<F>(tiles);
+  const int64_t panel_chunks = a.panel_chunks();
+  const int64_t first = chunk % panel_chunks * a.panels_per_chunk;
+  const int64_t last = smaller(first + a.panels_per_chunk, a.w.panels());
+  const int64_t begin = chunk / panel_chunks * a.tokens_per_chunk;
+  const int64_t end = smaller(begin + a.tokens_per_chunk, a.x.shape[0]);
+  const int64_t n_tiles = (end - begin + kMaxTile - 1) / kMaxTile;
+  ActivationRows rows{nullptr, a.x.stride[0], {a.w.k, F::group_size}};
+  for (int64_t panel = first; panel < last; ++panel) {
+    const uint8_t* weights = a.w.data + panel * a.w.panel_bytes();
+    for (int64_t i = 0; i < n_tiles; ++i) {  // of nearly equal size
+      const int64_t token = begin + (end - begin) * i / n_tiles;
+      const int tokens = static_cast<int>(begin + (end - begin) * (i + 1) / n_tiles - token);
+      alignas(64) float acc[kMaxTile][kLanes];
+      rows.data = a.x.row<uint8_t>(token);
+      tiles[tokens](weights, rows, acc);
+      dispatch_float(a.y.dtype, [&](auto* t) {
+        store_tile<std::remove_pointer_t<decltype(t)>>(a, token, tokens, panel * kLanes, acc);
+      });
+    }
+  }
+}
+
+}  // namespace
+
+void quant_matmul(const QuantMatmulArgs& a, int64_t chunk) {
+  const bool minimum = a.w.has_minimum;
+  if (a.w.bits == 4 && a.w.group_size == 32)
+    return minimum ? multiply<Format<4, 32, true>>(a, chunk) : multiply<Format<4, 32, false>>(a, chunk);
+  if (a.w.bits == 4)
+    return minimum ? multiply<Format<4, 16, true>>(a, chunk) : multiply<Format<4, 16, false>>(a, chunk);
+  if (a.w.group_size == 32)
+    return minimum ? multiply<Format<8, 32, true>>(a, chunk) : multiply<Format<8, 32, false>>(a, chunk);
+  return minimum ? multiply<Format<8, 16, true>>(a, chunk) : multiply<Format<8, 16, false>>(a, chunk);
+}
+
+}  // namespace pyllm::PYLLM_ISA

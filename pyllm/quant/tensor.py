@@ -1,0 +1,179 @@
+"""`QuantTensor`: weights of 4 or 8 bits in groups, packed once for the processor's instructions."""
+
+from dataclasses import dataclass
+
+import torch
+
+from pyllm import _C
+from pyllm.quant import packing
+
+
+@dataclass(frozen=True, repr=False)
+class QuantTensor:
+    """A weight matrix ``[N, K]`` of ``d * (q - offset) + m``.
+
+    ``q`` is unsigned, of `bits` bits; ``d`` and ``m`` are float16, one of each per row and group of
+    `group_size` consecutive k. Without a minimum ``m`` is 0 and ``offset`` is half the range of q
+    (8 or 128); with one, ``offset`` is 0.
+
+    Attributes:
+        packed: uint8, one-dimensional; the layout is in ``csrc/core/quant_matrix.h``.
+        shape: ``(N, K)``.
+        bits: 4 or 8.
+        group_size: 16 or 32; divides K.
+        has_minimum: whether ``m`` is stored.
+    """
+
+    packed: torch.Tensor
+    shape: tuple[int, int]
+    bits: int
+    group_size: int
+    has_minimum: bool
+
+    @staticmethod
+    def from_parts(q, scale, minimum=None, *, bits) -> "QuantTensor":
+        """From quants ``uint8 [N, K]`` below 2^bits, scale and minimum ``float16 [N, G]``."""
+        if bits not in (4, 8):
+            raise ValueError(f"QuantTensor: expected bits 4 or 8, got {bits}")
+        if q.dtype != torch.uint8 or q.ndim != 2 or 0 in q.shape:
+            raise ValueError(f"QuantTensor: expected q uint8[N, K], got {_describe(q)}")
+        n, k = q.shape
+        for name, part in (("scale", scale), ("minimum", minimum)):
+            if part is None and name == "minimum":
+                continue
+            if part.dtype != torch.float16 or part.ndim != 2 or part.shape != scale.shape:
+                raise ValueError(
+                    f"QuantTensor: expected {name} float16[N, G], got {_describe(part)}"
+                )
+        if scale.shape[0] != n or k not in (scale.shape[1] * 16, scale.shape[1] * 32):
+            raise ValueError(
+                f"QuantTensor: expected scale [{n}, {k} / 16 or 32], got {_describe(scale)}"
+            )
+        if bits == 4 and q.max() > 15:
+            raise ValueError(f"QuantTensor: expected 4-bit quants below 16, got {q.max().item()}")
+        packed = packing.pack(q, scale, minimum, bits)
+        return QuantTensor(packed, (n, k), bits, k // scale.shape[1], minimum is not None)
+
+    @staticmethod
+    def from_float(w, *, bits=4, group_size=32, symmetric=False) -> "QuantTensor":
+        """Rounds ``w [N, K]`` to the nearest quant.
+
+        Symmetric groups are scaled so that the value of largest magnitude is exactly the lowest
+        quant (as Q4_0 and Q8_0 do with their halves of the range); others span their minimum to
+        their maximum.
+
+        Raises:
+            ValueError: if `w` has other than two dimensions or values that are not finite (also
+                after scaling to float16), or `group_size` does not divide K.
+        """
+        if group_size not in (16, 32):
+            raise ValueError(f"QuantTensor: expected group_size 16 or 32, got {group_size}")
+        if bits not in (4, 8):
+            raise ValueError(f"QuantTensor: expected bits 4 or 8, got {bits}")
+        if w.ndim != 2 or 0 in w.shape or not w.dtype.is_floating_point:
+            raise ValueError(f"QuantTensor: expected a float tensor [N, K], got {_describe(w)}")
+        if w.shape[1] % group_size:
+            raise ValueError(
+                f"QuantTensor: expected K to be a multiple of {group_size}, got K = {w.shape[1]}"
+            )
+        groups = w.detach().float().unflatten(1, (-1, group_size))
+        top = 2**bits - 1
+        if symmetric:
+            peak = groups.gather(2, groups.abs().argmax(2, keepdim=True))
+            offset, minimum = 2 ** (bits - 1), None
+            scale = (peak / -offset).half()
+            shifted = groups
+        else:
+            low, high = groups.amin(2, keepdim=True), groups.amax(2, keepdim=True)
+            offset, minimum = 0, low.half()
+            scale = ((high - minimum.float()) / top).half()
+            shifted = groups - minimum.float()
+        parts = [scale] if minimum is None else [scale, minimum]
+        if not all(part.isfinite().all() for part in parts):
+            raise ValueError("QuantTensor: expected finite weights in the range of float16")
+        # A group whose scale is zero is the constant m, whatever q.
+        divisor = torch.where(scale == 0, 1, scale).float()
+        q = ((shifted / divisor).round() + offset).clamp(0, top).to(torch.uint8)
+        scale, minimum = scale[..., 0], None if minimum is None else minimum[..., 0]
+        return QuantTensor.from_parts(q.flatten(1), scale, minimum, bits=bits)
+
+    @staticmethod
+    def from_gguf(raw_bytes, ggml_type: str, shape) -> "QuantTensor":
+        """Converts the bytes of a GGUF tensor; exact, but for scales of K-quants (float16).
+
+        Args:
+            raw_bytes: bytes, memoryview, numpy or torch array; read once, never copied whole.
+            ggml_type: "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "Q4_K", "Q5_K" or "Q6_K".
+            shape: ``(N, K)``.
+
+        Raises:
+            ValueError: for an unknown type, or if the size of `raw_bytes` is not that of the shape.
+        """
+        n, k = shape
+        return QuantTensor.from_gguf_rows([(raw_bytes, n)], ggml_type, k)
+
+    @staticmethod
+    def from_gguf_rows(sources, ggml_type: str, k: int) -> "QuantTensor":
+        """The rows of several GGUF tensors of one type, below each other: ``[(raw, n), ...]``."""
+        sources = [
+            (raw.numpy() if isinstance(raw, torch.Tensor) else raw, int(n)) for raw, n in sources
+        ]
+        bits, group_size, has_minimum, n, nbytes = _C.packed_format(sources, ggml_type, k)
+        packed = torch.empty(nbytes, dtype=torch.uint8)
+        _C.pack_ggml(sources, ggml_type, k, packed)
+        return QuantTensor(packed, (n, k), bits, group_size, has_minimum)
+
+    @staticmethod
+    def cat(tensors) -> "QuantTensor":
+        """The rows of several weights of one format and K, below each other."""
+        tensors = list(tensors)
+        formats = {(t.bits, t.group_size, t.has_minimum, t.shape[1]) for t in tensors}
+        if len(formats) != 1:
+            raise ValueError(f"QuantTensor.cat: expected one format and K, got {tensors}")
+        q, scale, minimum = zip(*(t.parts() for t in tensors), strict=True)
+        minimum = torch.cat(minimum) if tensors[0].has_minimum else None
+        return QuantTensor.from_parts(torch.cat(q), torch.cat(scale), minimum, bits=tensors[0].bits)
+
+    @property
+    def offset(self) -> int:
+        """What is subtracted from a quant."""
+        return 0 if self.has_minimum else 2 ** (self.bits - 1)
+
+    @property
+    def nbytes(self) -> int:
+        """The bytes of the packed weight, rows that pad N to a multiple of 16 included."""
+        return self.packed.numel()
+
+    @property
+    def device(self) -> torch.device:
+        return self.packed.device
+
+    def parts(self):
+        """``(q uint8 [N, K], scale float16 [N, G], minimum float16 [N, G] or None)``."""
+        return packing.unpack(
+            self.packed, *self.shape, self.bits, self.group_size, self.has_minimum
+        )
+
+    def dequantize(self) -> torch.Tensor:
+        """The weight as float32 ``[N, K]``."""
+        q, scale, minimum = self.parts()
+        w = q.unflatten(1, (-1, self.group_size)).float().sub_(self.offset)
+        w *= scale.float().unsqueeze(2)
+        if minimum is not None:
+            w += minimum.float().unsqueeze(2)
+        return w.flatten(1)
+
+    def kernel_arguments(self):
+        """What bindings take: ``(packed, N, K, bits, group_size, has_minimum)``."""
+        return self.packed, *self.shape, self.bits, self.group_size, self.has_minimum
+
+    def __repr__(self):
+        minimum = ", minimum" if self.has_minimum else ""
+        n, k = self.shape
+        return f"QuantTensor([{n}, {k}], {self.bits} bits, groups of {self.group_size}{minimum})"
+
+
+def _describe(x) -> str:
+    if not isinstance(x, torch.Tensor):
+        return type(x).__name__
+    return f"{str(x.dtype).removeprefix('torch.')}{list(x.shape)}"

@@ -1,0 +1,192 @@
+import itertools
+
+import pytest
+import torch
+from cases import DTYPES, dtype_name, rand, strided
+from compare import assert_close, poisoned
+
+from pyllm import _C
+from pyllm.ops import quant_matmul, quantize_activation
+from pyllm.quant import QuantActivation, QuantTensor
+
+FORMATS = list(itertools.product((4, 8), (32, 16), (False, True)))
+# (T, N, K): size one, empty, N that is no multiple of a panel, a model's, many panels and groups.
+SHAPES = [(1, 1, 32), (0, 16, 32), (3, 17, 64), (1, 576, 576), (25, 40, 1536), (40, 100, 96)]
+
+
+def quantized(n, k, bits=4, group_size=32, symmetric=False, seed=7):
+    w = rand(n, k, seed=seed)
+    return QuantTensor.from_float(w, bits=bits, group_size=group_size, symmetric=symmetric)
+
+
+def terms(x, weight):
+    """What the kernel adds up, in PyTorch: ``[T, N, G]`` dot * d_w * d_x and m * s, in float64."""
+    q_x, d_x, s_x, _ = quantize_activation(x, weight.group_size, backend="reference").parts()
+    q_w, d_w, m_w = weight.parts()
+    x_groups = q_x.double().unflatten(1, (-1, weight.group_size))
+    w_groups = (q_w.double() - weight.offset).unflatten(1, (-1, weight.group_size))
+    dot = torch.einsum("tgk,ngk->tng", x_groups, w_groups)
+    scaled = dot * d_w.double() * d_x.double().unsqueeze(1)
+    minimum = torch.zeros_like(scaled) if m_w is None else m_w.double() * s_x.double().unsqueeze(1)
+    return scaled, minimum
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+def test_is_the_int8_computation(shape, bits, group_size, symmetric):
+    t, n, k = shape
+    x, weight = rand(t, k), quantized(n, k, bits, group_size, symmetric)
+    y = quant_matmul(x, weight, out=poisoned((t, n), torch.float32), backend="cpu")
+    scaled, minimum = terms(x, weight)
+    exact = (scaled + minimum).sum(-1)
+    # Each group rounds its scale once and the sum twice: the standard bound of a float32 sum.
+    bound = 1.2e-7 * (2 * k / group_size + 2) * (scaled.abs() + minimum.abs()).sum(-1)
+    assert ((y - exact).abs() <= bound).all()
+    # And against the weights in float64: no worse than rounding the activations makes it.
+    reference = quant_matmul(x.double(), weight, backend="reference")
+    assert reference.dtype == torch.float64
+    if t:
+        assert_close(y, reference, exact.float())
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+def test_dtypes_bias_and_strides(dtype, layout):
+    x, weight, bias = rand(5, 96, dtype=dtype), quantized(50, 96), rand(50, seed=3)
+    out = poisoned((5, 50), dtype)
+    if layout == "strided":
+        x, out = strided(x), strided(out)
+    y = quant_matmul(x, weight, bias, out=out, backend="cpu")
+    assert y is out
+    plain = quant_matmul(x.float().contiguous(), weight, backend="cpu")
+    assert torch.equal(y, (plain + bias).to(dtype))
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_activations_are_rounded_as_in_pytorch(group_size, dtype):
+    x = rand(7, 192, dtype=dtype)
+    x[0, :32] = 0
+    x[1, 3], x[2, 40], x[3, 191] = float("nan"), float("inf"), -float("inf")
+    x[4] *= 1e-6
+    x[5, :64] *= 1e-4
+    actual = quantize_activation(x, group_size, backend="cpu")
+    expected = quantize_activation(x, group_size, backend="reference")
+    q, d, s, c = actual.parts()
+    e_q, e_d, e_s, e_c = expected.parts()
+    assert torch.equal(d.isnan(), e_d.isnan())
+    assert torch.equal(s.isnan(), e_s.isnan())
+    assert d.isnan().sum() == 3
+    finite = ~d.isnan()
+    steps = finite.repeat_interleave(group_size, 1)
+    assert torch.equal(q[steps], e_q[steps])
+    for a, e in ((d, e_d), (s, e_s), (c, e_c)):
+        assert torch.equal(a[finite], e[finite])
+    error = (actual.dequantize() - x.float()).abs()
+    assert (error <= 0.5001 * d.repeat_interleave(group_size, 1))[steps].all()
+
+
+def test_a_row_does_not_depend_on_the_others():
+    for bits, group_size, symmetric in FORMATS:
+        weight = quantized(72, 160, bits, group_size, symmetric)
+        x = rand(40, 160)
+        alone = torch.cat([quant_matmul(x[i : i + 1], weight, backend="cpu") for i in range(40)])
+        for t in range(1, 41):
+            assert torch.equal(quant_matmul(x[:t], weight, backend="cpu"), alone[:t])
+        assert torch.equal(quant_matmul(x[13:31], weight, backend="cpu"), alone[13:31])
+
+
+def test_long_prompts_in_blocks_of_tokens():
+    weight = quantized(48, 2048)
+    x = rand(700, 2048)
+    whole = quant_matmul(x, weight, backend="cpu")
+    for i in (0, 255, 256, 511, 699):
+        assert torch.equal(quant_matmul(x[i : i + 1], weight, backend="cpu")[0], whole[i])
+
+
+def test_threads_do_not_change_bits():
+    weight, x = quantized(600, 64), rand(30, 64)
+    threads = _C.num_threads()
+    try:
+        results = []
+        for n in (1, 2, 5):
+            _C.set_num_threads(n)
+            results.append(quant_matmul(x, weight, backend="cpu"))
+    finally:
+        _C.set_num_threads(threads)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+def test_quantized_activations_can_be_shared():
+    x = rand(9, 128)
+    shared = quantize_activation(x, 32)
+    assert isinstance(shared, QuantActivation)
+    assert shared.shape == (9, 128)
+    for seed in (1, 2):
+        weight = quantized(33, 128, seed=seed)
+        assert torch.equal(quant_matmul(shared, weight), quant_matmul(x, weight))
+
+
+def test_leading_dimensions():
+    x, weight = rand(2, 3, 64), quantized(20, 64)
+    y = quant_matmul(x, weight)
+    assert y.shape == (2, 3, 20)
+    assert torch.equal(y.flatten(0, 1), quant_matmul(x.flatten(0, 1), weight))
+    assert torch.equal(quant_matmul(x[0, 0], weight), y[0, 0])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_non_finite_values_stay_in_their_row_and_are_not_lost(bits, symmetric):
+    x, weight = rand(15, 96), quantized(40, 96, bits, symmetric=symmetric)
+    x[3, 5], x[7, 40], x[14, 95] = float("nan"), float("inf"), -float("inf")
+    y = quant_matmul(x, weight, backend="cpu")
+    bad = torch.zeros(15, dtype=torch.bool)
+    bad[[3, 7, 14]] = True
+    assert y[bad].isnan().all()
+    assert y[~bad].isfinite().all()
+
+
+def test_extreme_quants_do_not_overflow():
+    for bits, group_size, symmetric in FORMATS:
+        for value in (0, 2**bits - 1):
+            q = torch.full((16, 64), value, dtype=torch.uint8)
+            scale = torch.ones(16, 64 // group_size).half()
+            weight = QuantTensor.from_parts(q, scale, None if symmetric else scale, bits=bits)
+            for sign in (1, -1):
+                x = torch.full((2, 64), 127.0 * sign)
+                y = quant_matmul(x, weight, backend="cpu")
+                assert torch.equal(y, quant_matmul(x, weight, backend="reference"))
+
+
+def test_bad_arguments():
+    weight, x = quantized(20, 64), torch.ones(2, 64)
+    cases = [
+        (
+            lambda: quant_matmul(torch.ones(2, 32), weight),
+            r"x: expected \[T, 64\], got float32\[2, 32\]",
+        ),
+        (lambda: quant_matmul(x.int(), weight, out=torch.ones(2, 20)), "x: expected float32"),
+        (
+            lambda: quant_matmul(x, weight, torch.ones(7)),
+            r"bias: expected float32\[N\], got float32\[7\]",
+        ),
+        (lambda: quant_matmul(x, weight, torch.ones(20).half()), "bias: expected float32"),
+        (lambda: quant_matmul(x, weight, out=torch.ones(2, 21)), r"out: expected \[T, 20\]"),
+        (lambda: quant_matmul(x, weight, out=torch.ones(3, 20)), r"out: expected .*T is 2"),
+        (lambda: quant_matmul(quantize_activation(x, 16), weight), "in groups of 32, got .* of 16"),
+        (lambda: quantize_activation(torch.ones(2, 40)), "multiple of the group size 32"),
+        (lambda: quantize_activation(x, 8), "group_size 16 or 32, got 8"),
+        (
+            lambda: _C.quantize_matmul(
+                x, torch.empty(2, 64).byte(), weight.packed[1:], 20, 64, 4, 32, True, None, x
+            ),
+            "weight: expected packed uint8",
+        ),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
+    with pytest.raises(TypeError, match="expected a QuantTensor, got Tensor"):
+        quant_matmul(x, x)

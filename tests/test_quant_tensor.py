@@ -1,0 +1,162 @@
+import itertools
+
+import gguf
+import numpy as np
+import pytest
+import torch
+from cases import rand
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pyllm.quant import QuantTensor
+
+# name -> where the float16 scales lie in a block, as byte offsets
+HALVES = {
+    "Q4_0": [0],
+    "Q4_1": [0, 2],
+    "Q5_0": [0],
+    "Q5_1": [0, 2],
+    "Q8_0": [0],
+    "Q4_K": [0, 2],
+    "Q5_K": [0, 2],
+    "Q6_K": [208],
+}
+FORMATS = list(itertools.product((4, 8), (16, 32), (False, True)))
+
+
+def random_blocks(name, rows, blocks, seed):
+    """Raw bytes of valid blocks (any bits, finite scales), and what gguf makes of them."""
+    kind = gguf.GGMLQuantizationType[name]
+    _, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+    generator = np.random.default_rng(seed)
+    raw = generator.integers(0, 256, (rows, blocks, block_bytes), dtype=np.uint8)
+    for at in HALVES[name]:
+        half = generator.normal(size=(rows, blocks, 1)).astype(np.float16)
+        raw[:, :, at : at + 2] = half.view(np.uint8)
+    raw = raw.reshape(rows, -1)
+    return raw, torch.from_numpy(gguf.quants.dequantize(raw, kind))
+
+
+def check(weight, exact, name):
+    w = weight.dequantize()
+    assert w.shape == exact.shape == weight.shape
+    if not name.endswith("K"):
+        assert torch.equal(w, exact)
+        return
+    # Scale and minimum are rounded to float16: half an ulp, 2^-11, of each of the two terms.
+    q, d, m = weight.parts()
+    steps = (q.float() - weight.offset).abs().unflatten(1, (-1, weight.group_size))
+    m = torch.zeros_like(d) if m is None else m
+    term = (d.abs().unsqueeze(2) * steps + m.abs().unsqueeze(2)).flatten(1)
+    subnormal = (steps.flatten(1) + 1) * 2**-25
+    assert ((w - exact).abs() <= 2**-11 * 1.001 * term + subnormal).all()
+
+
+@pytest.mark.parametrize("name", HALVES)
+@settings(max_examples=20, deadline=None)
+@given(rows=st.integers(1, 40), blocks=st.integers(1, 3), seed=st.integers(0, 2**32 - 1))
+def test_gguf_blocks_are_what_the_gguf_package_reads(name, rows, blocks, seed):
+    raw, exact = random_blocks(name, rows, blocks, seed)
+    check(QuantTensor.from_gguf(raw.tobytes(), name, exact.shape), exact, name)
+
+
+@pytest.mark.parametrize("name", HALVES)
+def test_gguf_packing_agrees_with_the_layout_in_pytorch(name):
+    raw, exact = random_blocks(name, 21, 2, 5)
+    weight = QuantTensor.from_gguf(raw, name, exact.shape)
+    again = QuantTensor.from_parts(*weight.parts(), bits=weight.bits)
+    assert again.group_size == weight.group_size
+    # Rows that pad the last panel are zero in both.
+    assert torch.equal(again.packed, weight.packed)
+    assert weight.nbytes == weight.packed.numel()
+
+
+@pytest.mark.parametrize("kind", [bytes, bytearray, memoryview, np.asarray, torch.from_numpy])
+def test_raw_bytes_of_any_kind(kind):
+    raw, exact = random_blocks("Q4_1", 3, 2, 0)
+    flat = raw.reshape(-1)
+    source = kind(flat) if kind is torch.from_numpy else kind(flat.copy())
+    assert torch.equal(QuantTensor.from_gguf(source, "Q4_1", (3, 64)).dequantize(), exact)
+
+
+def test_rows_of_several_tensors_in_one():
+    parts = [random_blocks("Q4_0", rows, 2, rows) for rows in (5, 30, 16)]
+    fused = QuantTensor.from_gguf_rows([(raw, len(raw)) for raw, _ in parts], "Q4_0", 64)
+    assert torch.equal(fused.dequantize(), torch.cat([exact for _, exact in parts]))
+    joined = QuantTensor.cat([QuantTensor.from_gguf(r, "Q4_0", w.shape) for r, w in parts])
+    assert torch.equal(joined.packed, fused.packed)
+    assert joined.shape == fused.shape == (51, 64)
+
+
+@pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
+@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 160)], ids=str)
+def test_from_float_rounds_to_the_nearest_quant(bits, group, symmetric, shape):
+    w = rand(*shape)
+    weight = QuantTensor.from_float(w, bits=bits, group_size=group, symmetric=bool(symmetric))
+    assert (weight.bits, weight.group_size, weight.has_minimum) == (bits, group, not symmetric)
+    _, d, m = weight.parts()
+    step = d.float().abs().repeat_interleave(group, 1)
+    error = (weight.dequantize() - w).abs()
+    # Half a step. At the ends of the range, also what rounding the scale to float16 cut off; and a
+    # symmetric range has one step less above zero than below.
+    top = 2**bits - 1
+    half = m.float().abs().repeat_interleave(group, 1) if m is not None else 0
+    allowed = 0.5 * step + 2**-11 * (top * step + half) + (0.5 * step if symmetric else 0) + 1e-6
+    assert (error <= allowed).all()
+
+
+def test_from_float_keeps_constants_and_zeros():
+    w = torch.tensor([[0.0] * 32 + [2.5] * 32])
+    for symmetric in (False, True):
+        weight = QuantTensor.from_float(w, symmetric=symmetric)
+        assert torch.equal(weight.dequantize(), w)
+
+
+def test_repr():
+    weight = QuantTensor.from_float(rand(3, 32))
+    assert repr(weight) == "QuantTensor([3, 32], 4 bits, groups of 32, minimum)"
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: QuantTensor.from_float(rand(4, 33)), "K to be a multiple of 32, got K = 33"),
+        (
+            lambda: QuantTensor.from_float(rand(4)),
+            r"expected a float tensor \[N, K\], got float32\[4\]",
+        ),
+        (lambda: QuantTensor.from_float(rand(4, 32), bits=3), "expected bits 4 or 8, got 3"),
+        (lambda: QuantTensor.from_float(rand(4, 64), group_size=64), "group_size 16 or 32, got 64"),
+        (
+            lambda: QuantTensor.from_float(torch.full((1, 32), float("nan"))),
+            "expected finite weights",
+        ),
+        (lambda: QuantTensor.from_float(torch.full((1, 32), 1e30)), "range of float16"),
+        (lambda: QuantTensor.from_gguf(b"", "Q3_K", (1, 256)), "expected a type of .*got 'Q3_K'"),
+        (
+            lambda: QuantTensor.from_gguf(bytes(18), "Q4_0", (1, 33)),
+            "multiple of 32 for Q4_0, got K = 33",
+        ),
+        (
+            lambda: QuantTensor.from_gguf(bytes(17), "Q4_0", (1, 32)),
+            "1 rows of 18 bytes .* got 17 bytes",
+        ),
+        (lambda: QuantTensor.from_gguf(bytes(18), "Q4_0", (2**62, 32)), "got 18 bytes"),
+        (lambda: QuantTensor.from_gguf(bytes(18), "Q4_0", (1, 2**62)), "multiple of 32 for Q4_0"),
+        (lambda: QuantTensor.from_gguf(bytes(18), "Q4_0", (-1, 32)), "expected -1 rows"),
+        (lambda: QuantTensor.from_gguf_rows([], "Q4_0", 32), "1 to 2.31 rows, got 0"),
+        (
+            lambda: QuantTensor.cat([QuantTensor.from_float(rand(4, 32), bits=b) for b in (4, 8)]),
+            "expected one format and K",
+        ),
+        (
+            lambda: QuantTensor.from_parts(
+                torch.full((1, 32), 16, dtype=torch.uint8), torch.ones(1, 1).half(), bits=4
+            ),
+            "below 16, got 16",
+        ),
+    ],
+)
+def test_bad_arguments(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()
