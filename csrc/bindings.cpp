@@ -8,6 +8,7 @@ void register_activation(pybind11::module_& m);
 void register_rope_cache(pybind11::module_& m);
 void register_quant_matmul(pybind11::module_& m);
 void register_quant_pack(pybind11::module_& m);
+void register_sample(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
@@ -19,4 +20,5 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_rope_cache(m);
   pyllm::register_quant_matmul(m);
   pyllm::register_quant_pack(m);
+  pyllm::register_sample(m);
 }

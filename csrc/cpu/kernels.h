@@ -6,6 +6,7 @@
 #include "cpu/quantize_activation.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
+#include "cpu/sample.h"
 
 namespace pyllm {
 

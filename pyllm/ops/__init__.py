@@ -4,6 +4,7 @@ from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
+from pyllm.ops.sample import sample
 
 __all__ = [
     "gelu",
@@ -13,5 +14,6 @@ __all__ = [
     "relu",
     "rms_norm",
     "rope_cache",
+    "sample",
     "silu_mul",
 ]
