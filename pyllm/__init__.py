@@ -8,6 +8,7 @@ import importlib
 __version__ = "0.1.0"
 
 _LAZY = {
+    "_C": "pyllm._C",
     "LLM": "pyllm.runtime.llm",
     "QuantTensor": "pyllm.quant",
     "ops": "pyllm.ops",
@@ -19,7 +20,15 @@ __all__ = ["LLM", "QuantTensor", "__version__", "ops"]
 def __getattr__(name):
     if name not in _LAZY:
         raise AttributeError(f"module 'pyllm' has no attribute {name!r}")
-    module = importlib.import_module(_LAZY[name])
+    try:
+        module = importlib.import_module(_LAZY[name])
+    except ModuleNotFoundError as error:
+        if error.name != "pyllm._C":
+            raise
+        raise ImportError(
+            f"{__path__[0]} is source code without its compiled part: run `pip install -e .` "
+            "there, or, if pyllm is installed elsewhere, leave the folder of the source"
+        ) from None
     value = module if _LAZY[name] == f"pyllm.{name}" else getattr(module, name)
     globals()[name] = value
     return value
