@@ -3,6 +3,7 @@
 namespace pyllm {
 void register_runtime(pybind11::module_& m);
 void register_length_prefixed(pybind11::module_& m);
+void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
 void register_activation(pybind11::module_& m);
 void register_rope_cache(pybind11::module_& m);
@@ -15,6 +16,7 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyllm: CPU kernels, the thread pool and the plan.";
   pyllm::register_runtime(m);
   pyllm::register_length_prefixed(m);
+  pyllm::register_layer_norm(m);
   pyllm::register_rms_norm(m);
   pyllm::register_activation(m);
   pyllm::register_rope_cache(m);

@@ -4,6 +4,7 @@
 #include "cpu/activation.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quantize_activation.h"
+#include "cpu/layer_norm.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 #include "cpu/sample.h"

@@ -1,6 +1,7 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
+from pyllm.ops.layer_norm import layer_norm
 from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
@@ -9,6 +10,7 @@ from pyllm.ops.sample import sample
 __all__ = [
     "gelu",
     "gelu_mul",
+    "layer_norm",
     "quant_matmul",
     "quantize_activation",
     "relu",

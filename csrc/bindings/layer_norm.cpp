@@ -1,0 +1,30 @@
+#include "bindings/bindings.h"
+
+namespace pyllm {
+namespace {
+
+void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual, Tensor y,
+                Tensor residual_out) {
+  for (Tensor* t : {&x, &residual, &y, &residual_out}) *t = with_heads(*t);
+  Check c("layer_norm");
+  c(x, "x", "T H D", kFloats);
+  c.optional(weight, "weight", "D", kFloats);
+  c.optional(bias, "bias", "D", kFloats);
+  if (weight.defined() && bias.defined()) c.same_dtype(weight, "weight", bias, "bias");
+  c.optional(residual, "residual", "T H D", {x.dtype});
+  c(y, "out", "T H D", {x.dtype});
+  c.optional(residual_out, "residual_out", "T H D", {x.dtype});
+  c.require(residual.defined() == residual_out.defined(),
+            "residual and residual_out come together");
+  if (x.numel() == 0) return;
+  if (!weight.defined()) weight.dtype = bias.dtype;
+  LayerNormArgs args{x, weight, bias, residual, y, residual_out, eps,
+                     rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+  run(make_launch("layer_norm", kernels().layer_norm, args));
+}
+
+}  // namespace
+
+void register_layer_norm(py::module_& m) { m.def("layer_norm", &layer_norm); }
+
+}  // namespace pyllm
