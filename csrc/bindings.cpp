@@ -10,6 +10,8 @@ void register_rope_cache(pybind11::module_& m);
 void register_quant_matmul(pybind11::module_& m);
 void register_quant_pack(pybind11::module_& m);
 void register_sample(pybind11::module_& m);
+void register_matmul(pybind11::module_& m);
+void register_embedding(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
@@ -23,4 +25,6 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_quant_matmul(m);
   pyllm::register_quant_pack(m);
   pyllm::register_sample(m);
+  pyllm::register_matmul(m);
+  pyllm::register_embedding(m);
 }

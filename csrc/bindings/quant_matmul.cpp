@@ -1,23 +1,8 @@
-#include "bindings/bindings.h"
+#include "bindings/quant_matrix.h"
 #include "core/thread_pool.h"
 
 namespace pyllm {
 namespace {
-
-QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
-                         int group_size, bool has_minimum) {
-  c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
-  c.require(group_size == 16 || group_size == 32,
-            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
-  c.require(n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
-            "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
-                std::to_string(n) + ", " + std::to_string(k) + "]");
-  const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
-  c.require(packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
-                packed.stride[0] == 1,
-            "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
-  return w;
-}
 
 void check_rows(Check& c, const Tensor& q, const char* name, const ActivationLayout& layout) {
   c(q, name, "T _", {DType::U8});
@@ -85,6 +70,21 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
 }
 
 }  // namespace
+
+QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
+                         int group_size, bool has_minimum) {
+  c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
+  c.require(group_size == 16 || group_size == 32,
+            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
+  c.require(n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
+            "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
+                std::to_string(n) + ", " + std::to_string(k) + "]");
+  const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
+  c.require(packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
+                packed.stride[0] == 1,
+            "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
+  return w;
+}
 
 void register_quant_matmul(py::module_& m) {
   m.def("quantize_activation", &quantize_activation);

@@ -2,6 +2,8 @@
 #pragma once
 #include "core/cpu_features.h"
 #include "cpu/activation.h"
+#include "cpu/embedding.h"
+#include "cpu/matmul.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quantize_activation.h"
 #include "cpu/layer_norm.h"

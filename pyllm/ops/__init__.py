@@ -1,16 +1,20 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
+from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm
+from pyllm.ops.matmul import matmul
 from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
 from pyllm.ops.sample import sample
 
 __all__ = [
+    "embedding",
     "gelu",
     "gelu_mul",
     "layer_norm",
+    "matmul",
     "quant_matmul",
     "quantize_activation",
     "relu",

@@ -4,6 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops.alloc import empty
+from pyllm.ops.matmul import as_rows
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantTensor
 
@@ -76,17 +77,17 @@ def _cpu(x, weight, bias, out):
     if out is None:
         out = empty((*x.shape[:-1], n), x.dtype)
     # While capturing, what is between the two launches belongs to the plan like any output.
-    rows = _rows(x)
+    rows = as_rows(x)
     q = empty(
         (rows.shape[0], QuantActivation.row_bytes(weight.shape[1], weight.group_size)), torch.uint8
     )
-    _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, _rows(out))
+    _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, as_rows(out))
     return out
 
 
 @_QUANTIZE.register("reference")
 def _quantize_reference(x, group_size):
-    groups = _rows(x).float().unflatten(1, (-1, group_size))
+    groups = as_rows(x).float().unflatten(1, (-1, group_size))
     top = groups.abs().amax(2, keepdim=True)
     tiny = ~(top > 1e-30)
     finite = groups.isfinite().all(2, keepdim=True)
@@ -105,15 +106,10 @@ def _quantize_reference(x, group_size):
 
 @_QUANTIZE.register("cpu")
 def _quantize_cpu(x, group_size):
-    rows = _rows(x)
+    rows = as_rows(x)
     if group_size not in (16, 32):
         raise ValueError(f"quantize_activation: expected group_size 16 or 32, got {group_size}")
     k = rows.shape[1]
     q = empty((rows.shape[0], QuantActivation.row_bytes(k, group_size)), torch.uint8)
     _C.quantize_activation(rows, q, group_size)
     return QuantActivation(q, k, group_size)
-
-
-def _rows(x):
-    """`x` as ``[T, K]`` without a copy."""
-    return x if x.ndim == 2 else x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)

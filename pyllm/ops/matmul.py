@@ -1,0 +1,50 @@
+"""Multiplication by unquantized weights."""
+
+import torch
+
+from pyllm import _C
+from pyllm.ops.alloc import empty
+from pyllm.ops.registry import Op
+
+_OP = Op("matmul")
+
+
+def matmul(x, weight, bias=None, *, out=None, backend=None):
+    """``x @ weightᵀ + bias``, summed in float32 in an order that does not depend on other rows.
+
+    Args:
+        x: ``[..., K]`` float32, bfloat16 or float16.
+        weight: ``[N, K]``, any of those dtypes.
+        bias: float32 ``[N]``.
+        out: where to write the result, ``[..., N]`` of any of those dtypes.
+
+    Returns:
+        ``[..., N]`` of x's dtype.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+        BackendError: if `backend` cannot serve.
+    """
+    return _OP.implementation(x, backend)(x, weight, bias, out)
+
+
+@_OP.register("reference")
+def _reference(x, weight, bias, out):
+    wide = torch.promote_types(x.dtype, torch.float32)
+    y = x.to(wide) @ weight.to(wide).t()
+    if bias is not None:
+        y = y + bias.to(wide)
+    return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+@_OP.register("cpu")
+def _cpu(x, weight, bias, out):
+    if out is None:
+        out = empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+    _C.matmul(as_rows(x), weight, bias, as_rows(out))
+    return out
+
+
+def as_rows(x):
+    """`x [..., K]` as ``[T, K]`` without a copy."""
+    return x if x.ndim == 2 else x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
