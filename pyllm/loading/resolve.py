@@ -26,10 +26,12 @@ def resolve(model, *, progress=True):
     Raises:
         LoadError: none of these, or it could not be downloaded.
     """
-    path = Path(model)
+    name = str(model)
+    if not name:
+        raise LoadError("model", "expected a path or the name of a model, got nothing")
+    path = Path(model).expanduser()
     if os.path.lexists(path):
         return path
-    name = str(model)
     if name in MODELS:
         return cached(name) or pull(name, progress=progress)
     hub = HUB_ID.fullmatch(name)
@@ -39,8 +41,8 @@ def resolve(model, *, progress=True):
         hint = f"; did you mean {close[0]!r}?" if close else ""
         raise LoadError(
             name,
-            f"no such file or directory, and no known model ({', '.join(MODELS)}){hint} "
-            "A hub id has the form org/name",
+            f"no such file or directory, and no known model ({', '.join(MODELS)}){hint}; "
+            "a hub id has the form org/name",
         )
     return _from_hub(name, hub[1], hub[2])
 
