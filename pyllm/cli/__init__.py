@@ -1,0 +1,43 @@
+"""The command line: ``pyllm generate | chat | info | pull``.
+
+Text goes to standard output, everything about it to standard error. Exit codes: 0; 2 for bad input,
+with one line that says what was expected and what came; 130 after Ctrl-C.
+"""
+
+import sys
+
+
+def main(arguments=None) -> int:
+    """Runs the command line; returns the exit code."""
+    from pyllm.cli.app import app
+
+    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    try:
+        return app(args=arguments, standalone_mode=False) or 0
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # the reader of our output has gone
+        sys.stderr.close()
+        return 0
+    except Exception as error:
+        return _report(error, debug)
+
+
+def _report(error: Exception, debug: bool) -> int:
+    import click
+
+    if isinstance(error, click.exceptions.Abort):
+        return 130
+    if isinstance(error, click.exceptions.Exit):
+        return error.exit_code
+    if debug:
+        raise error
+    if isinstance(error, click.ClickException):
+        error.show()
+        return error.exit_code
+    print(f"error: {error or type(error).__name__}", file=sys.stderr)
+    expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, MemoryError))
+    if not expected:
+        print("This looks like a bug in pyllm; --debug shows where.", file=sys.stderr)
+    return 2 if expected else 1

@@ -1,0 +1,122 @@
+"""Finds a model's tensors in a checkpoint, checks their shapes, and packs them for the kernels."""
+
+import torch
+
+from pyllm.models.config import ModelError
+from pyllm.nn import FusedLinear, RMSNorm
+from pyllm.quant import QuantTensor
+
+_FLOATS = ("F32", "F16", "BF16")
+_QUANTIZE = {None: None, "int8": 8, "int4": 4}
+
+
+class Weights:
+    """The tensors of a checkpoint by our own names, see the family's ``NAMES``.
+
+    Each is packed as it is read, and the file's pages are let go at once: there is never a second copy
+    of more than one tensor.
+    """
+
+    def __init__(self, checkpoint, family, quantize=None, layer=None):
+        if quantize not in _QUANTIZE:
+            raise ValueError(f"quantize: expected None, 'int8' or 'int4', got {quantize!r}")
+        self._checkpoint = checkpoint
+        self._family = family
+        self._quantize = quantize
+        self._layer = layer
+
+    def layer(self, i: int) -> "Weights":
+        """The same with ``{i}`` filled in."""
+        return Weights(self._checkpoint, self._family, self._quantize, i)
+
+    def has(self, name: str) -> bool:
+        """Whether the checkpoint has this tensor."""
+        return self._stored_name(name) in self._checkpoint.tensors
+
+    def vector(self, name: str, n: int) -> torch.Tensor | None:
+        """A float32 ``[n]``, or None if it is optional and absent."""
+        info = self._info(name, (n,))
+        if info is None:
+            return None
+        if info.type not in _FLOATS:
+            raise ModelError(f"{info.name}: expected {' or '.join(_FLOATS)}, got {info.type}")
+        return self._checkpoint.float_tensor(info.name).float().clone()
+
+    def rms_norm(self, name: str, n: int, eps: float) -> RMSNorm | None:
+        """The layer with this weight, or None if it is optional and absent."""
+        weight = self.vector(name, n)
+        if weight is None:
+            return None
+        norm = RMSNorm(n, eps, device="meta")
+        norm.weight = torch.nn.Parameter(weight, requires_grad=False)
+        return norm
+
+    def matrix(self, name: str, *, n: int, k: int):
+        """``[n, k]`` as a `QuantTensor` or a float tensor."""
+        return self._pack([self._info(name, (n, k))], bits=8 if self._quantize else None)
+
+    def linear(self, *names: str, k: int, n: list[int]) -> FusedLinear:
+        """Linear layers ``[n_i, k]`` on one input, those of one format in one matrix."""
+        infos = [self._info(name, (n_i, k)) for name, n_i in zip(names, n, strict=True)]
+        groups: list[list[int]] = []
+        for i, info in enumerate(infos):
+            if (
+                groups
+                and infos[groups[-1][0]].type == info.type
+                and k % 32 == 0
+                and n[i - 1] % 16 == 0
+            ):
+                groups[-1].append(i)
+            else:
+                groups.append([i])
+        bits = 8 if names == ("head",) and self._quantize else _QUANTIZE[self._quantize]
+        weights = [self._pack([infos[i] for i in group], bits) for group in groups]
+        biases = [self._bias([names[i] for i in group], [n[i] for i in group]) for group in groups]
+        return FusedLinear(weights, biases, [[n[i] for i in group] for group in groups])
+
+    def _bias(self, names, sizes):
+        parts = [
+            self.vector(f"{name}_bias", size) if f"{name}_bias" in self._family.NAMES else None
+            for name, size in zip(names, sizes, strict=True)
+        ]
+        if all(part is None for part in parts):
+            return None
+        parts = [
+            torch.zeros(size) if part is None else part
+            for part, size in zip(parts, sizes, strict=True)
+        ]
+        return torch.cat(parts)
+
+    def _pack(self, infos, bits):
+        checkpoint, kind = self._checkpoint, infos[0].type
+        if kind in _FLOATS:
+            parts = [checkpoint.float_tensor(info.name) for info in infos]
+            weight = parts[0] if len(parts) == 1 else torch.cat(parts)
+            if bits is not None and weight.shape[1] % 32 == 0:
+                weight = QuantTensor.from_float(weight.float(), bits=bits, symmetric=bits == 8)
+        else:
+            try:
+                raw = [(checkpoint.raw(info.name), info.shape[0]) for info in infos]
+                weight = QuantTensor.from_gguf_rows(raw, kind, infos[0].shape[1])
+            except ValueError as error:
+                raise ModelError(f"{infos[0].name}: {error}") from error
+        if isinstance(weight, QuantTensor) or len(infos) > 1:
+            for info in infos:
+                checkpoint.release(info.name)
+        return weight
+
+    def _info(self, name, shape):
+        stored = self._stored_name(name)
+        info = self._checkpoint.tensors.get(stored)
+        if info is None:
+            if name in self._family.OPTIONAL:
+                return None
+            raise ModelError(f"the checkpoint has no tensor {stored}")
+        if tuple(info.shape) != tuple(shape):
+            raise ModelError(f"{stored}: expected shape {tuple(shape)}, got {tuple(info.shape)}")
+        return info
+
+    def _stored_name(self, name):
+        hugging_face, gguf = self._family.NAMES[name]
+        stored = gguf if self._checkpoint.format == "gguf" else hugging_face
+        return stored.format(i=self._layer) if stored else None

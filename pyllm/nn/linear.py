@@ -1,0 +1,50 @@
+"""Linear layers over quantized or plain weights."""
+
+from torch import nn
+
+from pyllm.ops import embedding, matmul, quant_matmul, quantize_activation
+from pyllm.quant import QuantTensor
+
+
+class FusedLinear(nn.Module):
+    """Several linear layers on the same input: ``x @ W_iᵀ + b_i`` for each i.
+
+    Weights of one format lie in one matrix and take one kernel call; the input is quantized once for
+    all of them.
+
+    Args:
+        weights: matrices ``[N, K]``, each a `QuantTensor` or a float tensor, one for each call.
+        biases: for each matrix a float ``[N]``, or None.
+        splits: for each matrix the sizes of the outputs that lie in it; None: one each.
+    """
+
+    def __init__(self, weights, biases=None, splits=None):
+        super().__init__()
+        self.weights = list(weights)
+        self.biases = list(biases or [None] * len(self.weights))
+        self.splits = splits or [[w.shape[0]] for w in self.weights]
+
+    def forward(self, x):
+        outputs = []
+        quantized = {}
+        for weight, bias, sizes in zip(self.weights, self.biases, self.splits, strict=True):
+            if isinstance(weight, QuantTensor):
+                group = weight.group_size
+                if group not in quantized:
+                    quantized[group] = quantize_activation(x, group)
+                y = quant_matmul(quantized[group], weight, bias)
+            else:
+                y = matmul(x, weight, bias)
+            outputs += y.split(sizes, -1) if len(sizes) > 1 else [y]
+        return outputs
+
+
+class Embedding(nn.Module):
+    """Rows of a matrix ``[V, D]``, a `QuantTensor` or a float tensor."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.weight = weight
+
+    def forward(self, token_ids):
+        return embedding(token_ids, self.weight)

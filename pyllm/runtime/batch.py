@@ -1,0 +1,28 @@
+"""What a model is given: the new tokens of all sequences, end to end."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass
+class Batch:
+    """A ragged batch of T new tokens of B sequences.
+
+    Attributes:
+        token_ids: int32 ``[T]``.
+        positions: int32 ``[T]``, the index of each token in its sequence.
+        cu_seqlens: int32 ``[B + 1]``, where each sequence's new tokens begin.
+        context_lens: int32 ``[B]``, tokens of each sequence including the new ones.
+        page_table: int32 ``[B, max_pages]``.
+        layers: for each layer ``(k_cache, v_cache)``.
+        output_rows: int64 ``[R]``, the tokens whose hidden states are wanted; None for all.
+    """
+
+    token_ids: torch.Tensor
+    positions: torch.Tensor
+    cu_seqlens: torch.Tensor
+    context_lens: torch.Tensor
+    page_table: torch.Tensor
+    layers: list[tuple[torch.Tensor, torch.Tensor]]
+    output_rows: torch.Tensor | None = None

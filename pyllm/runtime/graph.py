@@ -1,0 +1,99 @@
+"""Capture a step once, replay it for every token.
+
+While capturing, pyllm's ops record their launches into a plan instead of running them, and take
+their outputs from an arena that the plan keeps. A replay is one call with no Python in it, and runs
+exactly the kernels of the eager step on exactly the same arguments; what changes from step to step
+is read from the buffers that the step was captured with.
+"""
+
+import weakref
+from collections import defaultdict
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from pyllm import _C
+from pyllm.ops import alloc
+
+
+class CaptureError(RuntimeError):
+    """A step did something that cannot be recorded."""
+
+
+class Arena:
+    """Memory for the tensors of captured steps.
+
+    A tensor's block is free again when its storage dies, as during eager execution; later launches
+    of the same plan may then reuse it, since a plan runs in order. Plans of one arena must not run
+    at the same time, and what one returned is valid until the next one runs.
+    """
+
+    _ALIGN = 64
+
+    def __init__(self):
+        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self.nbytes = 0
+
+    def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
+        """An uninitialized contiguous tensor."""
+        nbytes = torch.Size(shape).numel() * dtype.itemsize
+        if nbytes == 0:
+            return torch.empty(shape, dtype=dtype)
+        size = -(-nbytes // 1024) * 1024
+        block = self._free[size].pop() if self._free[size] else self._new_block(size)
+        # The storage owns this array object; when it dies, so does the array.
+        array = block[:nbytes]
+        weakref.finalize(array, self._free[size].append, block)
+        return torch.from_numpy(array).view(dtype).view(shape)
+
+    def _new_block(self, size: int) -> np.ndarray:
+        self.nbytes += size
+        memory = np.empty(size + self._ALIGN, dtype=np.uint8)
+        start = -memory.ctypes.data % self._ALIGN
+        return memory[start : start + size]
+
+
+class _OnlyViews(TorchDispatchMode):
+    """Refuses every torch op that computes: it would run now and not in the replay."""
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        returns = function._schema.returns
+        if not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns):
+            raise CaptureError(
+                f"{function} cannot be recorded in a plan: expected only pyllm's ops and views of "
+                "their outputs while capturing"
+            )
+        return function(*args, **(kwargs or {}))
+
+
+class Graph:
+    """One captured step: `outputs` is what the step returned, rewritten by every `replay`."""
+
+    def __init__(self, step, arena: Arena):
+        self.plan = _C.Plan()
+        with _capturing(self.plan, arena):
+            self.outputs = step()
+
+    def replay(self):
+        """Runs the step on what its input buffers hold now."""
+        self.plan.replay()
+        return self.outputs
+
+
+@contextmanager
+def _capturing(plan, arena):
+    plan.begin()
+    alloc._arena = arena
+    try:
+        with _OnlyViews():
+            yield
+    finally:
+        alloc._arena = None
+        plan.end()
+
+
+def capture(step, arena: Arena) -> Graph:
+    """Captures ``step()``, which is not run. Raises `CaptureError` if it cannot be recorded."""
+    return Graph(step, arena)

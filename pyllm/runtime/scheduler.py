@@ -1,0 +1,89 @@
+"""Which tokens run in the next step."""
+
+from collections import deque
+
+from pyllm.runtime.cache import OutOfPages, PagedCache
+from pyllm.runtime.sequence import Sequence
+
+
+class Scheduler:
+    """Continuous batching with chunked prefill.
+
+    Sequences that are decoding come first, one token each; what is left of the step's token budget
+    goes to prompts, in the order of arrival. When no page is left the youngest sequence gives up its
+    pages and starts again later; the tokens that it has are kept, so its answer is the same.
+    """
+
+    def __init__(self, cache: PagedCache, max_batch: int, max_tokens: int):
+        self.cache = cache
+        self.max_batch = max_batch
+        self.max_tokens = max_tokens
+        self.waiting: deque[Sequence] = deque()
+        self.running: list[Sequence] = []
+
+    def add(self, sequence: Sequence) -> None:
+        """Queues a new request."""
+        self.waiting.append(sequence)
+
+    def drop(self, sequence: Sequence) -> None:
+        """Forgets a request, finished or not, and gives its pages back."""
+        if sequence in self.running:
+            self.running.remove(sequence)
+            self.cache.release(sequence.pages)
+        elif sequence in self.waiting:
+            self.waiting.remove(sequence)
+
+    def schedule(self) -> list[tuple[Sequence, int]]:
+        """The sequences of the next step, each with its number of new tokens."""
+        chosen: list[tuple[Sequence, int]] = []
+        budget = self.max_tokens
+        for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.n_computed > 1):
+            if sequence not in self.running or not budget:
+                continue  # gave its pages up a moment ago
+            n = min(len(sequence.token_ids) - sequence.n_computed, budget)
+            if self._make_room(sequence, n):
+                chosen.append((sequence, n))
+                budget -= n
+        chosen = [(s, n) for s, n in chosen if s in self.running]
+        while self.waiting and budget and len(self.running) < self.max_batch:
+            n = self._admit(self.waiting[0], budget)
+            if not n:
+                break
+            chosen.append((self.running[-1], n))
+            budget -= n
+        return chosen
+
+    def _admit(self, sequence: Sequence, budget: int) -> int:
+        """Starts the request at the head of the queue if there are pages; returns its tokens."""
+        cache = self.cache
+        sequence.pages = cache.take_prefix(sequence.token_ids)
+        cached = len(sequence.pages) * cache.page_size
+        n = min(len(sequence.token_ids) - cached, budget)
+        try:
+            cache.extend(sequence.pages, cached + n)
+        except OutOfPages:
+            cache.release(sequence.pages)
+            if not self.running:
+                raise
+            return 0
+        sequence.n_computed = cached
+        sequence.usage.cached_tokens = min(cached, sequence.n_prompt)
+        self.running.append(self.waiting.popleft())
+        return n
+
+    def _make_room(self, sequence: Sequence, n: int) -> bool:
+        """Gets pages for `n` more tokens, taking them from younger sequences if it must."""
+        while True:
+            try:
+                self.cache.extend(sequence.pages, sequence.n_computed + n)
+                return True
+            except OutOfPages:
+                youngest = self.running[-1]
+                if youngest is sequence and len(self.running) == 1:
+                    raise
+                self.running.remove(youngest)
+                self.cache.release(youngest.pages)
+                youngest.n_computed = 0
+                self.waiting.appendleft(youngest)
+                if youngest is sequence:
+                    return False
