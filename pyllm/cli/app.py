@@ -60,8 +60,8 @@ def generate(
     if not prompt or not prompt.strip():
         raise ValueError("prompt: expected some text, got an empty string")
     params = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
         "stop_strings": tuple(stop or ()),
     }  # fmt: skip
     llm = _load(model, params, max_context=max_context, quantize=quantize)
@@ -104,8 +104,8 @@ def chat(
     from pyllm.cli.chat import converse
 
     params = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature, "top_k": top_k, "top_p": top_p,
-        "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "max_new_tokens": max_new_tokens, "temperature": temperature,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     converse(_load(model, params, max_context=max_context, quantize=quantize), system, params)
 

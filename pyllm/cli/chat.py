@@ -58,7 +58,8 @@ def _answer(llm, messages, params) -> str | None:
         usage = stream.completion.usage
         if sys.stdin.isatty():
             print(
-                f"[{usage.completion_tokens} tokens, {usage.decode_tokens_per_second:.0f} tokens/s; "
+                f"[{usage.completion_tokens} tokens, "
+                f"{usage.decode_tokens_per_second:.0f} tokens/s; "
                 f"{usage.cached_tokens} of {usage.prompt_tokens} prompt tokens were cached]",
                 file=sys.stderr,
             )

@@ -19,8 +19,8 @@ def build(checkpoint, *, quantize=None):
         quantize: None, ``"int8"`` or ``"int4"``: round unquantized matrices.
 
     Raises:
-        ModelError: if the architecture or one of its options is not supported, or a tensor is missing
-            or of the wrong shape.
+        ModelError: if the architecture or one of its options is not supported, or a tensor is
+            missing or of the wrong shape.
     """
     family, model = _family(checkpoint)
     config = describe(checkpoint)

@@ -42,7 +42,8 @@ class DecoderConfig:
         self._in_range("rope_dim", 2, self.head_dim)
         if self.n_heads % self.n_kv_heads:
             raise ModelError(
-                f"n_heads: expected a multiple of n_kv_heads ({self.n_kv_heads}), got {self.n_heads}"
+                f"n_heads: expected a multiple of n_kv_heads ({self.n_kv_heads}), "
+                f"got {self.n_heads}"
             )
         if self.rope_dim % 2:
             raise ModelError(f"rope_dim: expected an even number, got {self.rope_dim}")
@@ -104,7 +105,7 @@ def from_gguf(metadata, arch: str, tensors) -> DecoderConfig:
 
 
 def from_huggingface(config: dict) -> DecoderConfig:
-    """Reads ``config.json`` (source: transformers' Llama, Mistral, Qwen2 and Qwen3 configurations)."""
+    """Reads ``config.json`` (source: transformers' configurations of these families)."""
 
     def get(key, default=None):
         value = config.get(key)
@@ -118,7 +119,7 @@ def from_huggingface(config: dict) -> DecoderConfig:
     n_heads, hidden_size = get("num_attention_heads"), get("hidden_size")
     default_head = hidden_size // n_heads if isinstance(n_heads, int) and n_heads > 0 else 0
     head_dim = get("head_dim", default_head)
-    # transformers 5 keeps everything in rope_parameters; before, rope_theta stood beside rope_scaling.
+    # transformers 5 has rope_parameters; before, rope_theta stood beside rope_scaling.
     rope = dict(config.get("rope_parameters") or config.get("rope_scaling") or {})
     kind = rope.get("rope_type", rope.get("type", "default"))
     rope["rope_type"] = kind

@@ -6,7 +6,7 @@ policy and no sampling.
 
 from torch import nn
 
-from pyllm.nn import Embedding, FusedLinear, RMSNorm, rotary_table
+from pyllm.nn import Embedding, FusedLinear, rotary_table
 from pyllm.ops import paged_attention, rope_cache, silu_mul
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")

@@ -13,8 +13,8 @@ _QUANTIZE = {None: None, "int8": 8, "int4": 4}
 class Weights:
     """The tensors of a checkpoint by our own names, see the family's ``NAMES``.
 
-    Each is packed as it is read, and the file's pages are let go at once: there is never a second copy
-    of more than one tensor.
+    Each is packed as it is read, and the file's pages are let go at once: there is never a
+    second copy of more than one tensor.
     """
 
     def __init__(self, checkpoint, family, quantize=None, layer=None):

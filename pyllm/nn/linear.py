@@ -9,8 +9,8 @@ from pyllm.quant import QuantTensor
 class FusedLinear(nn.Module):
     """Several linear layers on the same input: ``x @ W_iᵀ + b_i`` for each i.
 
-    Weights of one format lie in one matrix and take one kernel call; the input is quantized once for
-    all of them.
+    Weights of one format lie in one matrix and take one kernel call; the input is quantized once
+    for all of them.
 
     Args:
         weights: matrices ``[N, K]``, each a `QuantTensor` or a float tensor, one for each call.

@@ -15,7 +15,8 @@ def rotary_table(dim, n_positions, theta, scaling=None, factors=None) -> torch.T
         scaling: None or a dict with ``rope_type``: ``linear`` (positions divided by ``factor``),
             ``llama3`` (Llama 3.1: low frequencies divided by ``factor``) or ``yarn`` (Peng et al.,
             2023, arXiv:2309.00071); the other keys are named as in Hugging Face's configurations.
-        factors: float ``[dim / 2]`` by which frequencies are divided (GGUF's ``rope_freqs.weight``).
+        factors: float ``[dim / 2]`` by which frequencies are divided (GGUF's
+        ``rope_freqs.weight``).
 
     Returns:
         float32 ``[n_positions, dim]``: cosines in the first half, sines in the second.

@@ -68,7 +68,7 @@ class PagedCache:
         pages.clear()
 
     def remember(self, pages: list[int], token_ids: list[int], done: int, n_tokens: int) -> None:
-        """Makes the full pages of ``token_ids[:n_tokens]`` findable; the first `done` already are."""
+        """Makes the full pages of the first `n_tokens` findable; those of `done` already are."""
         for i in range(done // self.page_size, n_tokens // self.page_size):
             parent = self._serial.get(pages[i - 1]) if i else 0
             if pages[i] in self._key_of or parent is None:

@@ -19,11 +19,12 @@ PAGE_SIZE = 32
 class Engine:
     """Runs a model over a paged cache.
 
-    A step in which every sequence decodes one token is captured once for each number of sequences and
-    replayed from then on; a step with prompt tokens in it runs the same kernels eagerly.
+    A step in which every sequence decodes one token is captured once for each number of
+    sequences and replayed from then on; a step with prompt tokens in it runs the same kernels eagerly.
 
     Args:
-        model: called with a `Batch`, returns hidden states; has ``logits``, ``prepare`` and ``config``.
+        model: called with a `Batch`, returns hidden states; has ``logits``, ``prepare`` and
+        ``config``.
         max_context: tokens that a sequence may reach.
         max_batch: sequences that may run at once.
         max_tokens: tokens in one step; longer prompts are prefilled in chunks.
@@ -144,7 +145,7 @@ class Engine:
 
 
 class _Inputs:
-    """The buffers that a step reads: they stay in place, so that a captured step can be replayed."""
+    """The buffers that a step reads. They stay in place, so that steps can be replayed."""
 
     def __init__(self, max_batch, max_tokens, max_pages):
         self.tensors = {

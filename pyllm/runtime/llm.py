@@ -28,8 +28,8 @@ class LLM:
     """A model that writes.
 
     Args:
-        model: a name that `pyllm pull` knows, the path of a GGUF file or of a Hugging Face directory,
-            or a hub id.
+        model: a name that `pyllm pull` knows, the path of a GGUF file or of a Hugging Face
+            directory, or a hub id.
         device: ``"cpu"``; None chooses it.
         dtype: of keys and values: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
         max_context: tokens of a prompt and its answer together; by default the model's own limit,
@@ -108,14 +108,15 @@ class LLM:
         return answers if several else answers[0]
 
     def stream(self, prompt, **arguments) -> "Stream":
-        """As `generate` for one prompt, but returns an iterator over pieces of text as they come."""
+        """As `generate` for one prompt, but returns an iterator over pieces of its text."""
         return Stream(self, self._sequence(prompt, SamplingParams.from_arguments(arguments)))
 
     def chat(self, messages, *, stream=False, **arguments):
         """Answers a conversation.
 
         Args:
-            messages: a list of ``{"role": ..., "content": ...}``, as the model's chat template takes it.
+            messages: a list of ``{"role": ..., "content": ...}``, as the model's chat template
+            takes it.
             stream: True returns a `Stream` instead of a `Completion`.
             **arguments: as for `generate`.
         """

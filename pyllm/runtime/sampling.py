@@ -9,7 +9,7 @@ _MAX_SEED = 2**63 - 1
 
 @dataclass(frozen=True)
 class SamplingParams:
-    """Parameters of `LLM.generate`, with the names of Hugging Face's ``generate`` where it has them.
+    """Parameters of `LLM.generate`, named as in Hugging Face's ``generate`` where it has them.
 
     Attributes:
         max_new_tokens: at most this many tokens; None: until the context is full.
@@ -17,15 +17,16 @@ class SamplingParams:
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the most likely tokens that together reach this probability; 1 keeps all.
         min_p: keep tokens at least this times as likely as the most likely one; 0 keeps all.
-        repetition_penalty: divides positive and multiplies negative logits of tokens that are in the
-            prompt or the answer (Keskar et al., 2019); 1 is none.
-        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from the logits
-            of tokens of the answer; 0 is none.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that are in
+            the prompt or the answer (Keskar et al., 2019); 1 is none.
+        presence_penalty, frequency_penalty: subtracted once, and once per occurrence, from the
+            logits of tokens of the answer; 0 is none.
         seed: of the random generator; None draws one.
         stop_strings: the answer ends before the first of these.
         stop_token_ids: like the model's end-of-sequence tokens, in addition to them.
         ignore_eos: go on after an end-of-sequence token.
-        logprobs: None for none, else the number of most likely tokens to report beside the chosen one.
+        logprobs: None for none, else the number of most likely tokens to report beside the
+        chosen one.
     """
 
     max_new_tokens: int | None = None

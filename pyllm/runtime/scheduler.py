@@ -10,8 +10,8 @@ class Scheduler:
     """Continuous batching with chunked prefill.
 
     Sequences that are decoding come first, one token each; what is left of the step's token budget
-    goes to prompts, in the order of arrival. When no page is left the youngest sequence gives up its
-    pages and starts again later; the tokens that it has are kept, so its answer is the same.
+    goes to prompts, in the order of arrival. When no page is left the youngest sequence gives up
+    its pages and starts again later; the tokens that it has are kept, so its answer is the same.
     """
 
     def __init__(self, cache: PagedCache, max_batch: int, max_tokens: int):

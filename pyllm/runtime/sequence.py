@@ -45,7 +45,8 @@ class Completion:
     """An answer.
 
     Attributes:
-        finish_reason: ``"stop"`` (an end-of-sequence or stop token, or a stop string) or ``"length"``.
+        finish_reason: ``"stop"`` (an end-of-sequence or stop token, or a stop string) or
+        ``"length"``.
         logprobs: one entry a token if they were asked for, else None.
     """
 
