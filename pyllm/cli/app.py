@@ -61,7 +61,8 @@ def generate(
         raise ValueError("prompt: expected some text, got an empty string")
     params = {
         "max_new_tokens": max_new_tokens, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
         "stop_strings": tuple(stop or ()),
     }  # fmt: skip
     llm = _load(model, params, max_context=max_context, quantize=quantize)
@@ -105,7 +106,8 @@ def chat(
 
     params = {
         "max_new_tokens": max_new_tokens, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p, "repetition_penalty": repetition_penalty, "seed": seed,
+        "top_k": top_k, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "seed": seed,
     }  # fmt: skip
     converse(_load(model, params, max_context=max_context, quantize=quantize), system, params)
 

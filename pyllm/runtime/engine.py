@@ -20,7 +20,8 @@ class Engine:
     """Runs a model over a paged cache.
 
     A step in which every sequence decodes one token is captured once for each number of
-    sequences and replayed from then on; a step with prompt tokens in it runs the same kernels eagerly.
+    sequences and replayed from then on; a step with prompt tokens in it runs the same kernels
+    eagerly.
 
     Args:
         model: called with a `Batch`, returns hidden states; has ``logits``, ``prepare`` and
