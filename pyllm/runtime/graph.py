@@ -39,9 +39,7 @@ class Arena:
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized contiguous tensor."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        if nbytes == 0:
-            return torch.empty(shape, dtype=dtype)
-        size = -(-nbytes // 1024) * 1024
+        size = max(1, -(-nbytes // 1024)) * 1024
         block = self._free[size].pop() if self._free[size] else self._new_block(size)
         # The storage owns this array object; when it dies, so does the array.
         array = block[:nbytes]

@@ -1,0 +1,71 @@
+"""Capture and replay."""
+
+import gc
+
+import pytest
+import torch
+from cases import rand
+
+from pyllm.ops import relu, rms_norm, silu_mul
+from pyllm.runtime.graph import Arena, CaptureError, capture
+
+
+def step(x, weight):
+    y, total = rms_norm(x, weight, residual=x)
+    half = y.shape[-1] // 2
+    z = silu_mul(y[:, :half], y[:, half:])
+    return relu(z), total
+
+
+def test_replay_equals_eager_bit_for_bit():
+    x, weight = rand(5, 64), rand(64, seed=1)
+    graph = capture(lambda: step(x, weight), Arena())
+    for seed in range(3):
+        x.copy_(rand(5, 64, seed=seed))
+        for replayed, eager in zip(graph.replay(), step(x, weight), strict=True):
+            assert torch.equal(replayed, eager)
+
+
+def test_memory_is_reused_and_the_result_is_the_same():
+    x, weight = rand(3, 32), rand(32, seed=1)
+
+    def deep(x):
+        for _ in range(50):
+            x = rms_norm(x, weight)
+        return x
+
+    arena = Arena()
+    graph = capture(lambda: deep(x), arena)
+    gc.collect()
+    assert arena.nbytes <= 3 * 1024
+    assert torch.equal(graph.replay(), deep(x))
+
+
+def test_a_view_keeps_its_memory():
+    x, weight = rand(2, 32), rand(32, seed=1)
+
+    def tricky():
+        view = rms_norm(x, weight)[:, 4:20]  # the tensor itself is gone, its storage must not be
+        for _ in range(4):
+            rms_norm(x, weight, 1.0)
+        return relu(view)
+
+    graph = capture(tricky, Arena())
+    assert torch.equal(graph.replay(), tricky())
+
+
+@pytest.mark.parametrize(
+    "compute", [lambda x: x + 1, lambda x: x.add_(1), lambda x: x.clone(), lambda x: x.sum().item()]
+)
+def test_what_cannot_be_recorded_raises(compute):
+    x = rand(2, 32)
+    with pytest.raises(CaptureError, match="cannot be recorded"):
+        capture(lambda: compute(x), Arena())
+    assert torch.equal(relu(x), x.relu())  # and leaves nothing behind
+
+
+def test_an_error_while_capturing_leaves_nothing_behind():
+    x, weight = rand(2, 32), rand(31)
+    with pytest.raises(ValueError, match="weight"):
+        capture(lambda: rms_norm(x, weight), Arena())
+    assert torch.equal(relu(x), x.relu())
