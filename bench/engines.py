@@ -21,7 +21,7 @@ class Pyllm:
     package = "pyllm"
 
     def load(self, model, threads):
-        from pyllm import LLM, _C
+        from pyllm import _C, LLM
 
         _C.set_num_threads(threads)
         self.llm = LLM(model)
