@@ -23,7 +23,7 @@ def run(text, stops):
         pieces.append(stream.push(ord(c)))
         if stream.stopped:
             break
-    return pieces + [stream.finish()], stream
+    return [*pieces, stream.finish()], stream
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=3))
