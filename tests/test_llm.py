@@ -149,9 +149,7 @@ def test_full_context_ends_with_length(smollm2):
 
 def test_repetition_penalty_acts(llm):
     plain = llm.generate(PROMPTS[0], max_new_tokens=60, ignore_eos=True)
-    penalized = llm.generate(
-        PROMPTS[0], max_new_tokens=60, ignore_eos=True, repetition_penalty=1.5
-    )
+    penalized = llm.generate(PROMPTS[0], max_new_tokens=60, ignore_eos=True, repetition_penalty=1.5)
     assert len(set(penalized.token_ids)) > len(set(plain.token_ids))
 
 
