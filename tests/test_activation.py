@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from cases import DTYPES, ROWS, dtype_name, rand, strided
 from compare import EPS, assert_close, poisoned
 
-from pyllm.ops import gelu, gelu_mul, relu, silu_mul
+from pyllm.ops import gelu, gelu_mul, quantize_activation, relu, silu_mul
 
 UNARY = {
     "relu": (relu, F.relu),
@@ -102,3 +102,13 @@ def test_a_row_does_not_depend_on_the_others(width):
 def test_bad_arguments(call, message):
     with pytest.raises(ValueError, match=message):
         call(torch.ones(2, 8))
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("op", [silu_mul, gelu_mul])
+def test_quantized_output_is_what_quantizing_the_output_gives(op, group_size):
+    both = rand(5, 2 * 4160)
+    gate, up = both[:, :4160], both[:, 4160:]
+    q = op(gate, up, quantize=group_size)
+    expected = quantize_activation(op(gate, up), group_size)
+    assert all(torch.equal(a, b) for a, b in zip(q.parts(), expected.parts(), strict=True))

@@ -177,7 +177,7 @@ def test_bad_arguments():
         (lambda: quant_matmul(x, weight, out=torch.ones(3, 20)), r"out: expected .*T is 2"),
         (lambda: quant_matmul(quantize_activation(x, 16), weight), "in groups of 32, got .* of 16"),
         (lambda: quantize_activation(torch.ones(2, 40)), "multiple of the group size 32"),
-        (lambda: quantize_activation(x, 8), "group_size 16 or 32, got 8"),
+        (lambda: quantize_activation(x, 8), "group_size 16 or 32, got .* and 8"),
         (
             lambda: _C.quantize_matmul(
                 x, torch.empty(2, 64).byte(), weight.packed[1:], 20, 64, 4, 32, True, None, x

@@ -3,7 +3,7 @@ import torch
 from cases import DTYPES, ROWS, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
-from pyllm.ops import rms_norm
+from pyllm.ops import quantize_activation, rms_norm
 
 EPS = 1e-5
 
@@ -71,3 +71,18 @@ def test_bad_arguments(arguments, message):
     good = {"x": torch.ones(2, 8), "weight": torch.ones(8), "backend": "cpu"}
     with pytest.raises(ValueError, match=message):
         rms_norm(**{**good, **arguments})
+
+
+@pytest.mark.parametrize("group_size", [16, 32])
+@pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
+def test_quantized_output_is_what_quantizing_the_output_gives(group_size, with_residual):
+    x, weight = rand(9, 576), rand(576, seed=1)
+    residual = rand(9, 576, seed=2) if with_residual else None
+    y = rms_norm(x, weight, EPS, residual=residual)
+    q = rms_norm(x, weight, EPS, residual=residual, quantize=group_size)
+    if with_residual:
+        assert torch.equal(q[1], y[1])
+        y, q = y[0], q[0]
+    assert torch.equal(q.dequantize(), quantize_activation(y, group_size).dequantize())
+    with pytest.raises(ValueError, match="multiple of the group size"):
+        rms_norm(rand(2, 40), rand(40), quantize=group_size)

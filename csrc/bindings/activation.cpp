@@ -3,7 +3,8 @@
 namespace pyllm {
 namespace {
 
-void activation(const std::string& kind, Tensor x, Tensor up, Tensor y) {
+void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor quantized,
+                int group_size) {
   for (Tensor* t : {&x, &up, &y}) *t = with_heads(*t);
   Check c("activation");
   const auto name = std::find(std::begin(kActivationNames), std::end(kActivationNames), kind);
@@ -11,10 +12,15 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y) {
             "kind: expected relu, silu, gelu or gelu_tanh, got '" + kind + "'");
   c(x, up.defined() ? "gate" : "x", "T H D", kFloats);
   c.optional(up, "up", "T H D", {x.dtype});
-  c(y, "out", "T H D", {x.dtype});
+  if (quantized.defined()) {
+    c.require(x.shape[1] == 1, "quantize: expected [T, D], got " + describe(x));
+    check_quantized(c, quantized, "quantized", c.dim("D"), group_size);
+  } else {
+    c(y, "out", "T H D", {x.dtype});
+  }
   if (x.numel() == 0) return;
   const auto index = name - std::begin(kActivationNames);
-  ActivationArgs args{x, up, y, static_cast<Activation>(index),
+  ActivationArgs args{x, up, y, quantized, group_size, static_cast<Activation>(index),
                       rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
   run(make_launch(kActivationNames[index], kernels().activation, args));
 }

@@ -4,13 +4,6 @@
 namespace pyllm {
 namespace {
 
-void check_rows(Check& c, const Tensor& q, const char* name, const ActivationLayout& layout) {
-  c(q, name, "T _", {DType::U8});
-  c.require(q.shape[1] == layout.row_bytes(),
-            std::string(name) + ": expected rows of " + std::to_string(layout.row_bytes()) +
-                " bytes, got " + describe(q));
-}
-
 // Several chunks a thread, so that they balance, but each worth about a microsecond. A block of tokens
 // is what stays in L2 while the panels pass.
 QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
@@ -31,10 +24,7 @@ QuantizeActivationArgs quantize_args(const Tensor& x, const Tensor& q, int group
 void quantize_activation(Tensor x, Tensor q, int group_size) {
   Check c("quantize_activation");
   c(x, "x", "T K", kFloats);
-  c.require((group_size == 16 || group_size == 32) && x.shape[1] > 0 && x.shape[1] % group_size == 0,
-            "x: expected K to be a multiple of the group size " + std::to_string(group_size) +
-                ", got " + describe(x));
-  check_rows(c, q, "out", {x.shape[1], group_size});
+  check_quantized(c, q, "out", x.shape[1], group_size);
   if (x.numel() == 0) return;
   run(make_launch("quantize_activation", kernels().quantize_activation,
                   quantize_args(x, q, group_size)));
@@ -44,7 +34,7 @@ void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int g
                   bool has_minimum, Tensor bias, Tensor y) {
   Check c("quant_matmul");
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
-  check_rows(c, q, "x", {k, group_size});
+  check_quantized(c, q, "x", k, group_size);
   c(y, "out", "T N", kFloats);
   c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
   c.optional(bias, "bias", "N", {DType::F32});
@@ -59,7 +49,7 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
   c(x, "x", "T K", kFloats);
   c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
-  check_rows(c, q, "scratch", {k, group_size});
+  check_quantized(c, q, "scratch", k, group_size);
   c(y, "out", "T N", kFloats);
   c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
   c.optional(bias, "bias", "N", {DType::F32});

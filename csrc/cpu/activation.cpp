@@ -4,7 +4,7 @@
 
 #include <type_traits>
 
-#include "cpu/simd.h"
+#include "cpu/quantize_row.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -56,6 +56,18 @@ void apply_row(const T* x, const T* up, T* y, int64_t n) {
   }
 }
 
+template <class F, class T>
+void quantize_block(const ActivationArgs& a, int64_t t, int64_t column, int64_t n) {
+  const T* x = a.x.row<T>(t);
+  const T* up = a.up.defined() ? a.up.row<T>(t) : nullptr;
+  const int g = a.group_size;
+  quantize_groups({a.quantized.row<uint8_t>(t), {a.x.shape[2], g}}, column / g, (column + n) / g,
+                  [=](int64_t i) {
+                    const f32x16 v = F::apply(load(x + i));
+                    return up ? v * load(up + i) : v;
+                  });
+}
+
 template <class F>
 void apply_chunk(const ActivationArgs& a, int64_t chunk) {
   const int64_t column = chunk % a.blocks() * a.kColumns;
@@ -64,6 +76,10 @@ void apply_chunk(const ActivationArgs& a, int64_t chunk) {
   const int64_t end = smaller(begin + a.tokens_per_chunk, a.x.shape[0]);
   dispatch_float(a.x.dtype, [&](auto* tag) {
     using T = std::remove_pointer_t<decltype(tag)>;
+    if (a.quantized.defined()) {
+      for (int64_t t = begin; t < end; ++t) quantize_block<F, T>(a, t, column, n);
+      return;
+    }
     for (int64_t t = begin; t < end; ++t)
       for (int64_t h = 0; h < a.x.shape[1]; ++h)
         apply_row<F>(a.x.row<T>(t, h) + column,

@@ -13,7 +13,8 @@ void quantize_activation(const QuantizeActivationArgs& a, int64_t chunk) {
   dispatch_float(a.x.dtype, [&](auto* t) {
     using T = std::remove_pointer_t<decltype(t)>;
     for (int64_t i = begin; i < end; ++i)
-      quantize_row(a.x.row<T>(i), layout, a.q.row<uint8_t>(i));
+      quantize_groups({a.q.row<uint8_t>(i), layout}, 0, layout.groups(),
+                      [x = a.x.row<T>(i)](int64_t k) { return load(x + k); });
   });
 }
 

@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/simd.h"
+#include "cpu/quantize_row.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -34,6 +34,12 @@ void normalize_row(const RmsNormArgs& a, int64_t t, int64_t h) {
   const f32x16 scale = splat(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(d) + a.eps));
   const T* source = residual ? sum_out : x;
   const W* weight = a.weight.as<W>();
+  if (a.quantized.defined()) {
+    const ActivationLayout layout{d, a.group_size};
+    return quantize_groups({a.quantized.row<uint8_t>(t), layout}, 0, layout.groups(), [=](int64_t i) {
+      return load(source + i) * scale * load(weight + i);
+    });
+  }
   T* y = a.y.row<T>(t, h);
   for (int64_t i = 0; i < d; i += kLanes)
     store_n(y + i, load_n(source + i, d - i) * scale * load_n(weight + i, d - i), d - i);

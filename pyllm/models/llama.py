@@ -85,7 +85,7 @@ class MLP(nn.Module):
         self.down = weights.linear("down", k=n, n=[c.hidden_size])
 
     def forward(self, x):
-        return self.down(silu_mul(*self.gate_up(x)))[0]
+        return self.down(silu_mul(*self.gate_up(x), quantize=self.down.quantize))[0]
 
 
 class Block(nn.Module):
@@ -100,10 +100,11 @@ class Block(nn.Module):
 
     def forward(self, x, residual, batch, cache, angles):
         if residual is None:
-            y, residual = self.norm1(x), x
+            y, residual = self.norm1(x, quantize=self.attention.qkv.quantize), x
         else:
-            y, residual = self.norm1(x, residual=residual)
-        y, residual = self.norm2(self.attention(y, batch, cache, angles), residual=residual)
+            y, residual = self.norm1(x, residual, quantize=self.attention.qkv.quantize)
+        y = self.attention(y, batch, cache, angles)
+        y, residual = self.norm2(y, residual, quantize=self.mlp.gate_up.quantize)
         return self.mlp(y), residual
 
 
@@ -136,7 +137,7 @@ class Llama(nn.Module):
             x, residual = block(x, residual, batch, cache, self.angles)
         if batch.output_rows is not None:
             x, residual = x[batch.output_rows], residual[batch.output_rows]
-        return self.norm(x, residual=residual)[0]
+        return self.norm(x, residual, quantize=self.head.quantize)[0]
 
     def logits(self, hidden):
         """float32 ``[R, vocab]`` of hidden states ``[R, hidden_size]``."""

@@ -3,7 +3,7 @@
 from torch import nn
 
 from pyllm.ops import embedding, matmul, quant_matmul, quantize_activation
-from pyllm.quant import QuantTensor
+from pyllm.quant import QuantActivation, QuantTensor
 
 
 class FusedLinear(nn.Module):
@@ -23,18 +23,17 @@ class FusedLinear(nn.Module):
         self.weights = list(weights)
         self.biases = list(biases or [None] * len(self.weights))
         self.splits = splits or [[w.shape[0]] for w in self.weights]
+        groups = {getattr(w, "group_size", None) for w in self.weights}
+        # What the op before may emit its result as, for all of these matrices: see `rms_norm`.
+        self.quantize = groups.pop() if len(groups) == 1 else None
 
     def forward(self, x):
+        if self.quantize and not isinstance(x, QuantActivation):
+            x = quantize_activation(x, self.quantize)
         outputs = []
-        quantized = {}
         for weight, bias, sizes in zip(self.weights, self.biases, self.splits, strict=True):
-            if isinstance(weight, QuantTensor):
-                group = weight.group_size
-                if group not in quantized:
-                    quantized[group] = quantize_activation(x, group)
-                y = quant_matmul(quantized[group], weight, bias)
-            else:
-                y = matmul(x, weight, bias)
+            multiply = quant_matmul if isinstance(weight, QuantTensor) else matmul
+            y = multiply(x, weight, bias)
             outputs += y.split(sizes, -1) if len(sizes) > 1 else [y]
         return outputs
 

@@ -10,7 +10,8 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import _C
-from pyllm.ops.alloc import empty_like
+from pyllm.ops.alloc import empty_like, empty_quantized
+from pyllm.ops.quant_matmul import quantize_activation
 from pyllm.ops.registry import Op
 from pyllm.ops.rms_norm import at_most_3d
 
@@ -20,9 +21,13 @@ _OP = Op("activation")
 _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 
 
-def silu_mul(gate, up, *, out=None, backend=None):
-    """``gate * sigmoid(gate) * up``, the gated unit of Llama (SwiGLU)."""
-    return _OP.implementation(gate, backend)("silu", gate, up, out)
+def silu_mul(gate, up, *, quantize=None, out=None, backend=None):
+    """``gate * sigmoid(gate) * up``, the gated unit of Llama (SwiGLU).
+
+    With `quantize`, 16 or 32, the result is a `QuantActivation` of that group size, for
+    `quant_matmul`; gate and up are ``[T, D]`` then.
+    """
+    return _OP.implementation(gate, backend)("silu", gate, up, out, quantize)
 
 
 def gelu(x, approximate="none", *, out=None, backend=None):
@@ -33,9 +38,12 @@ def gelu(x, approximate="none", *, out=None, backend=None):
     return _OP.implementation(x, backend)(_gelu_kind(approximate), x, None, out)
 
 
-def gelu_mul(gate, up, approximate="none", *, out=None, backend=None):
-    """``gelu(gate, approximate) * up``, the gated unit of T5 v1.1 and Gemma (GEGLU)."""
-    return _OP.implementation(gate, backend)(_gelu_kind(approximate), gate, up, out)
+def gelu_mul(gate, up, approximate="none", *, quantize=None, out=None, backend=None):
+    """``gelu(gate, approximate) * up``, the gated unit of T5 v1.1 and Gemma (GEGLU).
+
+    `quantize` is as in `silu_mul`.
+    """
+    return _OP.implementation(gate, backend)(_gelu_kind(approximate), gate, up, out, quantize)
 
 
 def relu(x, *, out=None, backend=None):
@@ -58,15 +66,22 @@ _FUNCTIONS = {
 
 
 @_OP.register("reference")
-def _reference(kind, x, up, out):
+def _reference(kind, x, up, out, quantize=None):
     exact = torch.promote_types(x.dtype, torch.float32)
     y = _FUNCTIONS[kind](x.to(exact))
-    y = (y if up is None else y * up).to(x.dtype)
+    y = y if up is None else y * up
+    if quantize is not None:
+        return quantize_activation(y, quantize, backend="reference")
+    y = y.to(x.dtype)
     return y if out is None else out.copy_(y)
 
 
 @_OP.register("cpu")
-def _cpu(kind, x, up, out):
+def _cpu(kind, x, up, out, quantize=None):
+    if quantize is not None:
+        y = empty_quantized(x, quantize)
+        _C.activation(kind, x, up, None, y.data, quantize)
+        return y
     y = empty_like(x) if out is None else out
-    _C.activation(kind, at_most_3d(x), at_most_3d(up), at_most_3d(y))
+    _C.activation(kind, at_most_3d(x), at_most_3d(up), at_most_3d(y), None, 0)
     return y

@@ -3,7 +3,7 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops.alloc import empty
+from pyllm.ops.alloc import empty, empty_quantized
 from pyllm.ops.matmul import as_rows
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantTensor
@@ -78,9 +78,7 @@ def _cpu(x, weight, bias, out):
         out = empty((*x.shape[:-1], n), x.dtype)
     # While capturing, what is between the two launches belongs to the plan like any output.
     rows = as_rows(x)
-    q = empty(
-        (rows.shape[0], QuantActivation.row_bytes(weight.shape[1], weight.group_size)), torch.uint8
-    )
+    q = empty_quantized(rows, weight.group_size).data
     _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, as_rows(out))
     return out
 
@@ -107,9 +105,6 @@ def _quantize_reference(x, group_size):
 @_QUANTIZE.register("cpu")
 def _quantize_cpu(x, group_size):
     rows = as_rows(x)
-    if group_size not in (16, 32):
-        raise ValueError(f"quantize_activation: expected group_size 16 or 32, got {group_size}")
-    k = rows.shape[1]
-    q = empty((rows.shape[0], QuantActivation.row_bytes(k, group_size)), torch.uint8)
-    _C.quantize_activation(rows, q, group_size)
-    return QuantActivation(q, k, group_size)
+    quantized = empty_quantized(rows, group_size)
+    _C.quantize_activation(rows, quantized.data, group_size)
+    return quantized

@@ -3,13 +3,14 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops.alloc import empty_like
+from pyllm.ops.alloc import empty_like, empty_quantized
+from pyllm.ops.quant_matmul import quantize_activation
 from pyllm.ops.registry import Op
 
 _OP = Op("rms_norm")
 
 
-def rms_norm(x, weight, eps=1e-6, *, residual=None, out=None, backend=None):
+def rms_norm(x, weight, eps=1e-6, *, residual=None, quantize=None, out=None, backend=None):
     """``x / sqrt(mean(x², -1) + eps) * weight``, the residual add fused.
 
     Args:
@@ -17,7 +18,9 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, out=None, backend=None):
         weight: ``[D]``, any of those dtypes.
         eps: added to the mean square.
         residual: like `x`; if given, ``x + residual`` is normalized and returned too.
-        out: where to write the result, like `x`.
+        quantize: 16 or 32: `y` is a `QuantActivation` of that group size, for `quant_matmul`;
+            x is ``[T, D]`` then.
+        out: where to write the result, like `x`; not with `quantize`.
 
     Returns:
         ``y``, or ``(y, x + residual)``.
@@ -26,24 +29,32 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(x, backend)(x, weight, eps, residual, out)
+    return _OP.implementation(x, backend)(x, weight, eps, residual, quantize, out)
 
 
 @_OP.register("reference")
-def _reference(x, weight, eps, residual, out):
+def _reference(x, weight, eps, residual, quantize, out):
     # What is normalized is the sum as it is stored, in x's dtype.
     total = x if residual is None else x + residual
     exact = total.double() if x.dtype == torch.float64 else total.float()
     y = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight.to(exact.dtype)
-    y = y.to(x.dtype) if out is None else out.copy_(y)
+    if quantize is not None:
+        y = quantize_activation(y, quantize, backend="reference")
+    else:
+        y = y.to(x.dtype) if out is None else out.copy_(y)
     return y if residual is None else (y, total)
 
 
 @_OP.register("cpu")
-def _cpu(x, weight, eps, residual, out):
-    y = empty_like(x) if out is None else out
+def _cpu(x, weight, eps, residual, quantize, out):
     total = None if residual is None else empty_like(x)
-    _C.rms_norm(at_most_3d(x), weight, eps, at_most_3d(residual), at_most_3d(y), at_most_3d(total))
+    if quantize is not None:
+        y = empty_quantized(x, quantize)
+        _C.rms_norm(x, weight, eps, residual, None, total, y.data, quantize)
+    else:
+        y = empty_like(x) if out is None else out
+        arguments = (at_most_3d(t) for t in (residual, y, total))
+        _C.rms_norm(at_most_3d(x), weight, eps, *arguments, None, 0)
     return y if residual is None else (y, total)
 
 
