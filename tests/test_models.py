@@ -1,0 +1,192 @@
+"""Models against Hugging Face's implementation: on small random ones of every kind, and on SmolLM2.
+
+Small models in float32 are held to the rule of compare.py: the exact answer is Hugging Face's in
+float64, PyTorch's own error that of Hugging Face in float32. Where weights are quantized our
+kernels round activations to 8 bits; there the reference backend is held to the rule, and the
+kernels to the cosine of the logits.
+"""
+
+from pathlib import Path
+
+import pytest
+import torch
+from compare import assert_close
+from tiny_models import hf_from_gguf, tiny_gguf, tiny_hf
+
+from pyllm import LLM
+from pyllm.models import ModelError
+
+IDS = [5, 9, 60, 33, 70, 21, 9, 9, 14, 80, 3, 41, 17, 25, 36, 49, 64, 8]
+LLAMA3 = {
+    "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 64,
+}  # fmt: skip
+LINEAR = {"rope_type": "linear", "factor": 2.0}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64}
+DIRECTORIES = {
+    "llama": {},
+    "llama-tied": {"tied": True},
+    "llama-biases": {"attention_bias": True, "mlp_bias": True},
+    "llama-llama3-rope": {"rope_scaling": LLAMA3},
+    "llama-linear-rope": {"rope_scaling": LINEAR},
+    "llama-yarn-rope": {"rope_scaling": YARN},
+    "llama-wide-heads": {"head_dim": 48},
+    "llama-sharded": {"max_shard_size": "20KB"},
+    "mistral": {},
+    "mistral-window": {"sliding_window": 5},
+    "qwen2": {},
+    "qwen3": {"head_dim": 32},
+}
+GGUF = [
+    *(("llama", quant) for quant in ("Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")),
+    *(("llama", quant) for quant in ("Q4_K", "Q5_K", "Q6_K", "F16", "BF16", "F32")),
+    ("qwen2", "Q4_1"),
+    ("qwen3", "Q8_0"),
+]
+
+
+def load(path, **options):
+    return LLM(path, max_context=256, **{"dtype": "float32", **options})
+
+
+def hf_logits(model, ids, dtype):
+    with torch.no_grad():
+        return model.to(dtype)(torch.tensor([ids])).logits[0]
+
+
+def cosine(a, b):
+    return torch.cosine_similarity(a.double(), b.double(), dim=-1).min().item()
+
+
+@pytest.mark.parametrize("name", DIRECTORIES)
+def test_hugging_face_directories(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = tiny_hf(tmp_path, name.split("-")[0], **DIRECTORIES[name])
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager")
+    ours = load(path)
+    single = hf_logits(theirs, IDS, torch.float32)
+    exact = hf_logits(theirs, IDS, torch.float64)
+    assert_close(ours.logits(IDS), exact, single)
+    reply = theirs.float().generate(
+        torch.tensor([IDS]), max_new_tokens=24, do_sample=False, eos_token_id=None
+    )[0, len(IDS) :].tolist()  # fmt: skip
+    assert ours.generate(IDS, max_new_tokens=24, ignore_eos=True).token_ids == reply
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_half_precision_directories(dtype, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    path = tiny_hf(tmp_path, dtype=dtype)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(path, dtype="auto")
+    single = hf_logits(theirs, IDS, getattr(torch, dtype))
+    assert_close(load(path).logits(IDS), hf_logits(theirs, IDS, torch.float64), single)
+
+
+@pytest.mark.parametrize(("bits", "least"), [("int8", 0.999), ("int4", 0.97)])
+def test_rounding_on_load(bits, least, tmp_path):
+    path = tiny_hf(tmp_path)
+    plain, rounded = load(path), load(path, quantize=bits)
+    weight = rounded.model.blocks[0].mlp.down.weights[0]
+    assert f"{weight.bits}" == bits.removeprefix("int")
+    assert cosine(plain.logits(IDS), rounded.logits(IDS)) > least
+
+
+@pytest.mark.parametrize(("arch", "quant"), GGUF, ids="-".join)
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+def test_gguf(arch, quant, tied, tmp_path, monkeypatch):
+    path = tiny_gguf(tmp_path / "m.gguf", arch, quant, tied=tied)
+    theirs = hf_from_gguf(path)
+    single = hf_logits(theirs, IDS, torch.float32)
+    exact = hf_logits(theirs, IDS, torch.float64)
+    ours = load(path)
+    logits = ours.logits(IDS)
+    assert cosine(logits, exact) > 0.999
+    alone = [load(path, max_batch=1, max_tokens=1).logits(IDS)]
+    assert torch.equal(alone[0], logits)
+    monkeypatch.setenv("PYLLM_BACKEND", "reference")
+    # K-quants: a scale is the product of two numbers, and we keep it as float16.
+    floor = 2**-11 * exact.abs().max().item() * 4 if quant.endswith("_K") else None
+    assert_close(ours.logits(IDS), exact, single, floor=floor)
+
+
+def test_rope_factors_of_a_gguf(tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", quant="F32", rope_scaling=LLAMA3)
+    theirs = hf_from_gguf(path, LLAMA3)
+    single = hf_logits(theirs, IDS, torch.float32)
+    assert_close(load(path).logits(IDS), hf_logits(theirs, IDS, torch.float64), single)
+
+
+def test_unknown_architecture(tmp_path):
+    path = tiny_hf(tmp_path)
+    config = (path / "config.json").read_text()
+    (path / "config.json").write_text(config.replace('"llama"', '"mamba"'))
+    with pytest.raises(ModelError, match="expected one of llama, mistral, .* got 'mamba'"):
+        LLM(path)
+
+
+def test_missing_and_misshapen_tensors(tmp_path):
+    path = tiny_hf(tmp_path)
+    config = (path / "config.json").read_text()
+    for change, message in (
+        (('"num_hidden_layers": 2', '"num_hidden_layers": 3'), "no tensor model.layers.2"),
+        (('"intermediate_size": 128', '"intermediate_size": 96'), r"expected shape \(96, 64\)"),
+        (('"num_key_value_heads": 2', '"num_key_value_heads": 3'), "multiple of n_kv_heads"),
+        (('"hidden_act": "silu"', '"hidden_act": "gelu"'), "hidden_act: expected silu"),
+    ):
+        assert change[0] in config
+        (path / "config.json").write_text(config.replace(*change))
+        with pytest.raises(ModelError, match=message):
+            LLM(path)
+
+
+# --- the real model ---
+
+PROMPTS = [
+    "The capital of France is",
+    "Once upon a time, there was a little girl who",
+    "def fibonacci(n):\n",
+    "Water boils at",
+    "In 1969, Neil Armstrong became the first person to",
+    "To make bread you need flour,",
+]
+
+
+@pytest.fixture(scope="module")
+def real(smollm2):
+    return LLM(smollm2, max_context=1024), hf_from_gguf(smollm2)
+
+
+@pytest.mark.parametrize("prompt", PROMPTS, ids=lambda p: p[:20])
+def test_greedy_text_is_hugging_faces(real, prompt):
+    """The same 32 tokens, or they part where two logits lie closer than rounding moves them."""
+    ours, theirs = real
+    ids = ours.tokenizer.encode(prompt)
+    mine = ours.generate(ids, max_new_tokens=32, ignore_eos=True).token_ids
+    with torch.no_grad():
+        logits = theirs(torch.tensor([[*ids, *mine]])).logits[0, len(ids) - 1 : -1]
+    for token, row in zip(mine, logits, strict=True):
+        best = row.argmax().item()
+        if token != best:
+            # By how much 8-bit activations move logits: measured here, on these very logits.
+            moved = (ours.logits([*ids, *mine])[len(ids) - 1 : -1] - logits).abs().max().item()
+            assert row[best] - row[token] <= 2 * moved
+            return  # what follows continues another text
+    assert mine == logits.argmax(-1).tolist()
+
+
+def test_perplexity_and_logits_of_a_text(real):
+    """Within one percent of float32, on the opening of Alice's Adventures in Wonderland (1865)."""
+    ours, theirs = real
+    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    ids = ours.tokenizer.encode(text)
+    assert len(ids) > 500
+    mine = ours.logits(ids)
+    with torch.no_grad():
+        exact = theirs(torch.tensor([ids])).logits[0]
+
+    def perplexity(logits):
+        targets = torch.tensor(ids[1:])
+        return torch.nn.functional.cross_entropy(logits[:-1].double(), targets).exp().item()
+
+    assert abs(perplexity(mine) / perplexity(exact) - 1) < 0.01
+    assert cosine(mine, exact) > 0.999
