@@ -120,7 +120,7 @@ def test_unknown_architecture(tmp_path):
     path = tiny_hf(tmp_path)
     config = (path / "config.json").read_text()
     (path / "config.json").write_text(config.replace('"llama"', '"mamba"'))
-    with pytest.raises(ModelError, match="expected one of llama, mistral, .* got 'mamba'"):
+    with pytest.raises(ModelError, match=r"expected one of llama, mistral, .* got 'mamba'"):
         LLM(path)
 
 
