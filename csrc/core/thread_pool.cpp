@@ -4,6 +4,7 @@
 #include <chrono>
 #include <cstdio>
 #include <cstdlib>
+#include <system_error>
 
 #if defined(__linux__)
 #include <pthread.h>
@@ -28,13 +29,16 @@ inline void pause() {
 constexpr auto kSpin = std::chrono::microseconds(60);
 
 void wait_while(const std::atomic<uint32_t>& word, uint32_t value) {
-  const auto deadline = Clock::now() + kSpin;
-  do {
+  Clock::time_point deadline{};
+  for (;;) {
     for (int i = 0; i < 64; ++i) {
       if (word.load(std::memory_order_acquire) != value) return;
       pause();
     }
-  } while (Clock::now() < deadline);
+    const auto now = Clock::now();
+    if (deadline == Clock::time_point{}) deadline = now + kSpin;
+    if (now >= deadline) break;
+  }
   word.wait(value, std::memory_order_acquire);
 }
 
@@ -76,7 +80,7 @@ ThreadPool& ThreadPool::get() {
   std::call_once(once, [] {
     pool = new ThreadPool(default_num_threads());
 #if defined(__linux__) || defined(__APPLE__)
-    pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool(default_num_threads()); });
+    pthread_atfork(nullptr, nullptr, [] { pool = new ThreadPool(pool.load()->size()); });
 #endif
   });
   return *pool;
@@ -87,15 +91,17 @@ ThreadPool::ThreadPool(int n_threads) : n_threads_(n_threads), shares_(new Share
 ThreadPool::~ThreadPool() { stop(); }
 
 void ThreadPool::start() {
-  const uint32_t seen = job_.value.load();
-  for (int t = 1; t < n_threads_; ++t)
-    threads_.emplace_back([this, t, seen] { worker(t, seen); });
+  try {
+    for (int t = 1; t < n_threads_; ++t) threads_.emplace_back([this, t] { worker(t); });
+  } catch (const std::system_error&) {  // the system has no more: go on with those that there are
+    n_threads_ = static_cast<int>(threads_.size()) + 1;
+  }
 }
 
 void ThreadPool::stop() {
   quit_ = true;
-  job_.value.fetch_add(1);
-  job_.value.notify_all();
+  phase_.fetch_add(1);
+  phase_.notify_all();
   for (std::thread& t : threads_) t.join();
   threads_.clear();
   quit_ = false;
@@ -108,59 +114,61 @@ void ThreadPool::resize(int n_threads) {
   shares_.reset(new Share[n_threads]);
 }
 
-void ThreadPool::open(const Launch& launch) {
-  const int64_t n = launch.count(launch.args);
-  for (int t = 0; t < n_threads_; ++t) {
-    shares_[t].end = n * (t + 1) / n_threads_;
-    shares_[t].next.store(n * t / n_threads_, std::memory_order_relaxed);
+// Opens launch `index`, or the first after it that has any chunks, or ends the job. Only the thread
+// that finished the launch before may call this.
+void ThreadPool::advance(uint32_t phase, size_t index) {
+  int64_t n = 0;
+  while (index < n_launches_ && (n = launches_[index].count(launches_[index].args)) <= 0) ++index;
+  index_ = index;
+  n_chunks_ = n;
+  ++phase;
+  if (index < n_launches_) {
+    const int n_threads = n_threads_.load(std::memory_order_relaxed);
+    done_.store(0, std::memory_order_relaxed);
+    for (int t = 0; t < n_threads; ++t) {
+      shares_[t].end.store(n * (t + 1) / n_threads, std::memory_order_relaxed);
+      const auto first = static_cast<uint64_t>(n * t / n_threads);
+      shares_[t].next.store(uint64_t{phase} << 32 | first, std::memory_order_release);
+    }
+  } else {
+    running_.store(false, std::memory_order_relaxed);
   }
+  phase_.store(phase);  // sequentially consistent: a waiter is either counted or sees the new value
+  phase_.notify_all();
 }
 
-void ThreadPool::execute(const Launch& launch, int thread) {
-  for (int i = 0; i < n_threads_; ++i) {
-    Share& share = shares_[(thread + i) % n_threads_];
+// Runs what chunks there are to take in this phase.
+void ThreadPool::work(int thread, uint32_t phase) {
+  const int n_threads = n_threads_.load(std::memory_order_relaxed);
+  int64_t done = 0;
+  for (int i = 0; i < n_threads; ++i) {
+    Share& share = shares_[(thread + i) % n_threads];
     for (;;) {
-      if (share.next.load(std::memory_order_relaxed) >= share.end) break;
-      const int64_t chunk = share.next.fetch_add(1, std::memory_order_relaxed);
-      if (chunk >= share.end) break;
+      uint64_t next = share.next.load(std::memory_order_acquire);
+      const auto chunk = static_cast<int64_t>(next & 0xffffffffu);
+      if (next >> 32 != phase || chunk >= share.end.load(std::memory_order_relaxed)) break;
+      if (!share.next.compare_exchange_weak(next, next + 1, std::memory_order_acquire)) continue;
+      const Launch& launch = launches_[index_];
       launch.run(launch.kernel, launch.args, chunk);
+      ++done;
     }
   }
-}
-
-void ThreadPool::work(int thread) {
-  // Launch 0 was opened by the caller; the last thread to reach a barrier opens the next one. The
-  // job is copied first: once the last barrier opens, the caller may already be writing another.
-  const Launch* launches = launches_;
-  const size_t n = n_launches_;
-  int64_t* ns = thread == 0 ? ns_ : nullptr;
-  auto begin = ns ? Clock::now() : Clock::time_point();
-  for (size_t i = 0; i < n; ++i) {
-    execute(launches[i], thread);
-    const uint32_t phase = phase_.value.load(std::memory_order_acquire);
-    if (arrived_.value.fetch_add(1, std::memory_order_acq_rel) + 1 ==
-        static_cast<uint32_t>(n_threads_)) {
-      arrived_.value.store(0, std::memory_order_relaxed);
-      if (i + 1 < n) open(launches[i + 1]);
-      phase_.value.fetch_add(1, std::memory_order_release);
-      phase_.value.notify_all();
-    } else {
-      wait_while(phase_.value, phase);
-    }
-    if (ns) {
-      const auto now = Clock::now();
-      ns[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - begin).count();
-      begin = now;
-    }
+  if (done == 0) return;
+  const int64_t n_chunks = n_chunks_;  // before the count: after it, it may be another launch's
+  if (done_.fetch_add(done, std::memory_order_acq_rel) + done != n_chunks) return;
+  if (ns_) {
+    const auto now = Clock::now();
+    ns_[index_] += std::chrono::duration_cast<std::chrono::nanoseconds>(now - opened_).count();
+    opened_ = now;
   }
+  advance(phase, index_ + 1);
 }
 
-void ThreadPool::worker(int thread, uint32_t seen) {
-  for (;;) {
-    wait_while(job_.value, seen);
-    seen = job_.value.load(std::memory_order_acquire);
-    if (quit_) return;
-    work(thread);
+void ThreadPool::worker(int thread) {
+  while (!quit_) {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    work(thread, phase);
+    if (!quit_) wait_while(phase_, phase);
   }
 }
 
@@ -182,10 +190,15 @@ void ThreadPool::run_timed(const Launch* launches, size_t n, int64_t* ns) {
   launches_ = launches;
   n_launches_ = n;
   ns_ = ns;
-  open(launches[0]);
-  job_.value.fetch_add(1, std::memory_order_release);
-  job_.value.notify_all();
-  work(0);
+  if (ns) opened_ = Clock::now();
+  running_.store(true, std::memory_order_relaxed);
+  advance(phase_.load(std::memory_order_relaxed), 0);
+  for (;;) {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (!running_.load(std::memory_order_relaxed)) return;
+    work(0, phase);
+    wait_while(phase_, phase);
+  }
 }
 
 void ThreadPool::run(const Launch* launches, size_t n) { run_timed(launches, n, nullptr); }

@@ -1,11 +1,13 @@
-// Persistent threads that run a list of launches with a barrier between them.
+// Persistent threads that run a list of launches, one after the other.
 //
 // Each launch's chunks are dealt out in equal runs, one a thread; a thread that has finished its own
-// takes chunks from the others, so a thread that lost its core for a while holds back one chunk
-// and not a whole share. Waiting spins for a few microseconds and then sleeps, which hands the core
-// to whoever needs it: next to a busy process we slow down by the fair share and no more.
+// takes chunks from the others. A launch is over when its chunks are done, not when every thread has
+// come by: a thread that lost its core holds back the chunk that it was in and nothing else, and one
+// that is still asleep holds back nothing. Whoever finishes the last chunk opens the next launch.
+// Waiting spins for some microseconds and then sleeps, which hands the core to whoever needs it.
 #pragma once
 #include <atomic>
+#include <chrono>
 #include <memory>
 #include <mutex>
 #include <thread>
@@ -33,33 +35,35 @@ class ThreadPool {
   ~ThreadPool();
   void start();
   void stop();
-  void worker(int thread, uint32_t seen);
-  void work(int thread);
-  void open(const Launch& launch);
-  void execute(const Launch& launch, int thread);
+  void worker(int thread);
+  void work(int thread, uint32_t phase);
+  void advance(uint32_t phase, size_t index);
 
   // What a thread has left of its run of chunks; a cache line each, so that taking a chunk of one's
-  // own touches nobody else's line.
+  // own touches nobody else's line. `next` is phase << 32 | chunk: whoever takes a chunk with the
+  // phase in hand knows that it belongs to the launch that is open now.
   struct alignas(64) Share {
-    std::atomic<int64_t> next{0};
-    int64_t end = 0;
-  };
-  struct alignas(64) Word {
-    std::atomic<uint32_t> value{0};
+    std::atomic<uint64_t> next{0};
+    std::atomic<int64_t> end{0};
   };
 
-  int n_threads_;
+  std::atomic<int> n_threads_;
   std::vector<std::thread> threads_;
   std::unique_ptr<Share[]> shares_;
   std::mutex busy_;
 
+  // The job: written while no chunk can be taken, read by whoever holds one.
   const Launch* launches_ = nullptr;
   size_t n_launches_ = 0;
+  size_t index_ = 0;       // of the open launch
+  int64_t n_chunks_ = 0;   // that it has
   int64_t* ns_ = nullptr;
-  Word job_;      // changes when there is work; workers sleep on it
-  Word arrived_;  // how many threads have reached the barrier
-  Word phase_;    // changes when the barrier opens
+  std::chrono::steady_clock::time_point opened_;
+
+  alignas(64) std::atomic<uint32_t> phase_{0};  // changes when a launch opens or the job is over
+  std::atomic<bool> running_{false};
   std::atomic<bool> quit_{false};
+  alignas(64) std::atomic<int64_t> done_{0};  // chunks of the open launch
 };
 
 // The processors that this process may use: the affinity mask, cut to the cgroup's CPU quota.
