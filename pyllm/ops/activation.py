@@ -1,9 +1,7 @@
 """Pointwise activations, with the product of a gated unit fused (Shazeer, 2020, arXiv:2002.05202).
 
-All take ``[..., D]`` float32, bfloat16 or float16 with the last dimension contiguous, so that
-gate and up may be the halves of one fused projection. They compute in float32, round once, and
-return a tensor like the first argument. They raise ValueError for shapes or dtypes that do not fit
-together and BackendError if `backend` cannot serve.
+All compute in float32 and round once. Only the last dimension has to be contiguous, so gate and up
+may be the halves of one fused projection.
 """
 
 import torch
@@ -24,8 +22,19 @@ _GELU = {"none": "gelu", "tanh": "gelu_tanh"}
 def silu_mul(gate, up, *, quantize=None, out=None, backend=None):
     """``gate * sigmoid(gate) * up``, the gated unit of Llama (SwiGLU).
 
-    With `quantize`, 16 or 32, the result is a `QuantActivation` of that group size, for
-    `quant_matmul`; gate and up are ``[T, D]`` then.
+    Args:
+        gate: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
+        up: like `gate`.
+        quantize: None, or the group size, 16 or 32, of a `QuantActivation` to return instead, for
+            `quant_matmul`; gate and up are ``[T, D]`` then.
+        out: where to write the result, like `gate`.
+
+    Returns:
+        A tensor like `gate`, or a `QuantActivation`.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+        BackendError: if `backend` cannot serve.
     """
     return _OP.implementation(gate, backend)("silu", gate, up, out, quantize)
 
@@ -33,7 +42,17 @@ def silu_mul(gate, up, *, quantize=None, out=None, backend=None):
 def gelu(x, approximate="none", *, out=None, backend=None):
     """``x * Phi(x)`` (Hendrycks and Gimpel, 2016, arXiv:1606.08415).
 
-    `approximate` is ``"none"`` (the error function) or ``"tanh"``, as in PyTorch.
+    Args:
+        x: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
+        approximate: ``"none"`` (the error function) or ``"tanh"``, as in PyTorch.
+        out: where to write the result, like `x`.
+
+    Returns:
+        A tensor like `x`.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together, or another `approximate`.
+        BackendError: if `backend` cannot serve.
     """
     return _OP.implementation(x, backend)(_gelu_kind(approximate), x, None, out)
 
@@ -41,13 +60,38 @@ def gelu(x, approximate="none", *, out=None, backend=None):
 def gelu_mul(gate, up, approximate="none", *, quantize=None, out=None, backend=None):
     """``gelu(gate, approximate) * up``, the gated unit of T5 v1.1 and Gemma (GEGLU).
 
-    `quantize` is as in `silu_mul`.
+    Args:
+        gate: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
+        up: like `gate`.
+        approximate: ``"none"`` (the error function) or ``"tanh"``, as in PyTorch.
+        quantize: None, or the group size, 16 or 32, of a `QuantActivation` to return instead, for
+            `quant_matmul`; gate and up are ``[T, D]`` then.
+        out: where to write the result, like `gate`.
+
+    Returns:
+        A tensor like `gate`, or a `QuantActivation`.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together, or another `approximate`.
+        BackendError: if `backend` cannot serve.
     """
     return _OP.implementation(gate, backend)(_gelu_kind(approximate), gate, up, out, quantize)
 
 
 def relu(x, *, out=None, backend=None):
-    """``max(x, 0)``; NaN stays NaN."""
+    """``max(x, 0)``; NaN stays NaN.
+
+    Args:
+        x: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
+        out: where to write the result, like `x`.
+
+    Returns:
+        A tensor like `x`.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together.
+        BackendError: if `backend` cannot serve.
+    """
     return _OP.implementation(x, backend)("relu", x, None, out)
 
 

@@ -43,10 +43,18 @@ def quantize_activation(x, group_size=32, *, backend=None) -> QuantActivation:
     """Rounds ``x [..., K]`` to int8: ``d = max|x| / 127`` per row and group, ties to even.
 
     Groups in which no value exceeds 1e-30 become zero. A group with NaN or inf gets a NaN scale, so
-    that it makes every result NaN. The leading dimensions are flattened.
+    that it makes every result NaN.
+
+    Args:
+        x: ``[..., K]`` float; the leading dimensions are flattened.
+        group_size: 16 or 32, a divisor of K.
+
+    Returns:
+        A `QuantActivation`, for `quant_matmul`.
 
     Raises:
         ValueError: if `group_size` is not 16 or 32, or does not divide K.
+        BackendError: if `backend` cannot serve.
     """
     return _QUANTIZE.implementation(x, backend)(x, group_size)
 
