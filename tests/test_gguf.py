@@ -1,5 +1,6 @@
 """The GGUF reader: against the gguf package on good files, LoadError on every bad one."""
 
+import os
 import struct
 
 import gguf
@@ -116,6 +117,15 @@ def test_release_gives_memory_back(tmp_path):
     touched = resident()
     checkpoint.release("a")
     assert touched - resident() > 15 << 20
+
+
+def test_a_file_larger_than_the_memory_is_mapped(tmp_path):
+    path = written(tmp_path, build(tensors=[tensor(dims=(1 << 38,))], data=0))
+    try:
+        os.truncate(path, path.stat().st_size + (1 << 40))
+    except OSError as error:
+        pytest.skip(f"the file system has no sparse files of 1 TiB: {error}")
+    assert open_checkpoint(path).float_tensor("a")[12345] == 0
 
 
 def test_unknown_tensor_and_non_float_tensor(tmp_path):

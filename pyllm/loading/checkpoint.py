@@ -1,6 +1,7 @@
 """What every checkpoint offers, whatever its format: metadata, tensors and a tokenizer."""
 
 import mmap
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -10,6 +11,9 @@ import numpy as np
 from .errors import LoadError
 
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+# Without MAP_NORESERVE (not in Python's table before 3.13), a file larger than the memory could not
+# be mapped copy-on-write: the system would have to promise memory for copies that nobody makes.
+MAP_FLAGS = mmap.MAP_PRIVATE | getattr(mmap, "MAP_NORESERVE", 0x4000 * (sys.platform == "linux"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,7 +44,8 @@ class MappedFile:
             raise LoadError(path, "expected a file, found none")
         try:
             with open(self.path, "rb") as file:
-                self.mmap = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_COPY)
+                protection = mmap.PROT_READ | mmap.PROT_WRITE
+                self.mmap = mmap.mmap(file.fileno(), 0, flags=MAP_FLAGS, prot=protection)
         except ValueError:
             raise LoadError(path, "the file is empty") from None
         except OSError as error:

@@ -1,8 +1,8 @@
 """Tokenizers from the key-values of a GGUF file, built for the `tokenizers` library.
 
 `tokenizer.ggml.model` is "gpt2" (byte-level BPE with merges) or "llama" (SentencePiece BPE, whose
-merges follow from the scores). Built directly: 0.1 s for 49 000 tokens, where parsing the same
-tokenizer from a cached tokenizer.json takes 0.15 s.
+merges follow from the scores). Nothing is cached: building the former (49 000 tokens, 0.1 s) was
+measured to be no slower than parsing the same tokenizer from a tokenizer.json.
 """
 
 import math
@@ -148,7 +148,7 @@ def _special_ids(checkpoint, kind, tokens):
 
 def _array(checkpoint, key, kind, length=None, default=None):
     items = checkpoint.metadata.get(key, default)
-    if not isinstance(items, list) or not all(type(item) is kind for item in items):
+    if not isinstance(items, list) or not set(map(type, items)) <= {kind}:
         raise LoadError(checkpoint.path, f"expected {key!r} to be an array of {kind.__name__}")
     if length is not None and len(items) != length:
         raise LoadError(checkpoint.path, f"{key!r} has {len(items)} items, expected {length}")
@@ -226,14 +226,11 @@ def _merges_from_scores(path, tokens, types, scores, vocabulary):
         raise LoadError(path, f"a token has {longest} characters, expected at most {MAX_PIECE}")
     mergeable = {t for t, kind in zip(tokens, types, strict=True) if kind in (1, USER_DEFINED)}
     merges = []
-    for token in mergeable:
-        for cut in range(1, len(token)):
-            left, right = token[:cut], token[cut:]
-            if left in mergeable and right in mergeable:
-                score = scores[vocabulary[token]]
-                merges.append((-score, vocabulary[left], vocabulary[right], left, right))
-    merges.sort()
-    return [(left, right) for *_, left, right in merges]
+    for token in sorted(mergeable, key=lambda t: (-scores[vocabulary[t]], vocabulary[t])):
+        cuts = [(token[:i], token[i:]) for i in range(1, len(token))]
+        pairs = [pair for pair in cuts if pair[0] in mergeable and pair[1] in mergeable]
+        merges += sorted(pairs, key=lambda pair: (vocabulary[pair[0]], vocabulary[pair[1]]))
+    return merges
 
 
 BUILDERS = {"gpt2": _gpt2, "llama": _sentencepiece}

