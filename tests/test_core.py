@@ -94,7 +94,7 @@ def test_many_replays_while_threads_come_and_go(restore_threads):
     plan = _C.Plan()
     plan.begin()
     for source, target in [(x, total), (total, x)] * 20:
-        _C.rms_norm(source, one[0], 1e-6, one, normed, target)
+        _C.layer_norm(source, None, None, 1e-5, one, normed, target)
     plan.end()
     for i in range(100):
         _C.set_num_threads(1 + i % 5)
@@ -121,6 +121,14 @@ def test_an_empty_plan_and_a_plan_recorded_again():
         step()
         plan.end()
         assert len(plan) == 3
+
+
+def test_a_plan_that_dies_while_it_captures_ends_the_capture():
+    plan = _C.Plan()
+    plan.begin()
+    del plan
+    assert not _C.capturing()
+    assert torch.equal(relu(rand(3, 5)), rand(3, 5).relu())
 
 
 def test_capture_is_not_nested_and_belongs_to_its_thread():
@@ -267,7 +275,7 @@ def test_environment_chooses_threads_and_instruction_set():
 )
 def test_checks_say_what_was_expected_and_what_came(x, error, message):
     with pytest.raises(error, match=message):
-        _C.activation("relu", x, None, torch.zeros(2, 8))
+        _C.layer_norm(x, None, None, 1e-5, None, torch.zeros(2, 8), None)
 
 
 def test_sources_include_no_torch_header():

@@ -19,6 +19,10 @@ void submit(std::initializer_list<Launch> launches) {
   }
 }
 
+Plan::~Plan() {
+  if (current == this) current = nullptr;
+}
+
 void Plan::begin() {
   if (current) throw std::logic_error("a plan is already being captured on this thread");
   launches_.clear();

@@ -11,6 +11,11 @@ namespace pyllm {
 
 class Plan {
  public:
+  Plan() = default;
+  Plan(const Plan&) = delete;
+  Plan& operator=(const Plan&) = delete;
+  ~Plan();  // ends a capture that this thread left open
+
   // Between begin() and end(), submit() on this thread records into this plan and runs nothing.
   void begin();
   void end();
