@@ -64,3 +64,8 @@ class PagedBatch:
         """Two caches full of `value`."""
         shape = (self.n_pages, self.page_size, kv_heads, head_dim)
         return torch.full(shape, value, dtype=dtype), torch.full(shape, value, dtype=dtype)
+
+
+# (query heads, KV heads, head dim): one head, groups of 1 to 8, odd sizes, models' sizes.
+HEADS = [(1, 1, 1), (3, 1, 7), (4, 2, 32), (9, 3, 64), (2, 2, 80), (6, 3, 96), (7, 7, 112)]
+HEADS += [(8, 1, 128), (4, 2, 256)]

@@ -27,6 +27,7 @@ static inline float float_of(uint32_t u) {
 }  // namespace half_detail
 
 static inline float to_float(float x) { return x; }
+static inline float to_float(int8_t x) { return x; }
 static inline float to_float(bf16 x) { return half_detail::float_of(uint32_t{x.bits} << 16); }
 static inline float to_float(f16 x) {
   const uint32_t sign = uint32_t{x.bits & 0x8000u} << 16, rest = x.bits & 0x7fffu;

@@ -2,11 +2,12 @@
 #pragma once
 #include "core/cpu_features.h"
 #include "cpu/activation.h"
+#include "cpu/attention.h"
 #include "cpu/embedding.h"
+#include "cpu/layer_norm.h"
 #include "cpu/matmul.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quantize_activation.h"
-#include "cpu/layer_norm.h"
 #include "cpu/rms_norm.h"
 #include "cpu/rope_cache.h"
 #include "cpu/sample.h"

@@ -71,6 +71,10 @@ PYLLM_INLINE f32x16 load(const bf16* p) {
 PYLLM_INLINE f32x16 load(const f16* p) {
   return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
 }
+PYLLM_INLINE f32x16 load(const int8_t* p) {
+  const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))};
+}
 PYLLM_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 PYLLM_INLINE void store(bf16* p, f32x16 a) {
   const __m512i u = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
@@ -86,6 +90,32 @@ PYLLM_INLINE void store(f16* p, f32x16 a) {
 // Whole numbers in [-128, 127].
 PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(_mm512_cvtps_epi32(a.v)));
+}
+
+// rows[i] lane j becomes rows[j] lane i.
+PYLLM_INLINE void transpose(f32x16 (&rows)[16]) {
+  __m512 t[16], u[16];
+  for (int i = 0; i < 16; i += 2) {
+    t[i] = _mm512_unpacklo_ps(rows[i].v, rows[i + 1].v);
+    t[i + 1] = _mm512_unpackhi_ps(rows[i].v, rows[i + 1].v);
+  }
+  for (int i = 0; i < 16; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      const __m512d a = _mm512_castps_pd(t[i + j]), b = _mm512_castps_pd(t[i + j + 2]);
+      u[i + 2 * j] = _mm512_castpd_ps(_mm512_unpacklo_pd(a, b));
+      u[i + 2 * j + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(a, b));
+    }
+  // u[4 i + j] holds in its quarter q the lanes 4 q + j of rows 4 i to 4 i + 3.
+  for (int j = 0; j < 4; ++j) {
+    const __m512 a = _mm512_shuffle_f32x4(u[j], u[4 + j], 0x88);
+    const __m512 b = _mm512_shuffle_f32x4(u[j], u[4 + j], 0xdd);
+    const __m512 c = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0x88);
+    const __m512 d = _mm512_shuffle_f32x4(u[8 + j], u[12 + j], 0xdd);
+    rows[j].v = _mm512_shuffle_f32x4(a, c, 0x88);
+    rows[4 + j].v = _mm512_shuffle_f32x4(b, d, 0x88);
+    rows[8 + j].v = _mm512_shuffle_f32x4(a, c, 0xdd);
+    rows[12 + j].v = _mm512_shuffle_f32x4(b, d, 0xdd);
+  }
 }
 
 #elif defined(PYLLM_ISA_AVX2)
@@ -146,6 +176,11 @@ PYLLM_INLINE __m256 load8(const bf16* p) {
 PYLLM_INLINE __m256 load8(const f16* p) {
   return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
+PYLLM_INLINE __m256 load8(const int8_t* p) {
+  const __m128i b = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(b));
+}
+PYLLM_INLINE f32x16 load(const int8_t* p) { return {load8(p), load8(p + 8)}; }
 PYLLM_INLINE f32x16 load(const bf16* p) { return {load8(p), load8(p + 8)}; }
 PYLLM_INLINE f32x16 load(const f16* p) { return {load8(p), load8(p + 8)}; }
 PYLLM_INLINE void store(float* p, f32x16 a) {
@@ -176,6 +211,32 @@ PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
       _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
                    _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+}
+
+PYLLM_INLINE void transpose8(__m256 (&r)[8]) {
+  __m256 t[8], u[8];
+  for (int i = 0; i < 8; i += 2) {
+    t[i] = _mm256_unpacklo_ps(r[i], r[i + 1]);
+    t[i + 1] = _mm256_unpackhi_ps(r[i], r[i + 1]);
+  }
+  for (int i = 0; i < 8; i += 4)
+    for (int j = 0; j < 2; ++j) {
+      u[i + 2 * j] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0x44);
+      u[i + 2 * j + 1] = _mm256_shuffle_ps(t[i + j], t[i + j + 2], 0xee);
+    }
+  for (int j = 0; j < 4; ++j) {
+    r[j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x20);
+    r[4 + j] = _mm256_permute2f128_ps(u[j], u[4 + j], 0x31);
+  }
+}
+PYLLM_INLINE void transpose(f32x16 (&rows)[16]) {
+  __m256 a[8], b[8], c[8], d[8];  // the quarters
+  for (int i = 0; i < 8; ++i) {
+    a[i] = rows[i].lo, b[i] = rows[i].hi;
+    c[i] = rows[8 + i].lo, d[i] = rows[8 + i].hi;
+  }
+  transpose8(a), transpose8(b), transpose8(c), transpose8(d);
+  for (int i = 0; i < 8; ++i) rows[i] = {a[i], c[i]}, rows[8 + i] = {b[i], d[i]};
 }
 
 #else
@@ -217,6 +278,14 @@ PYLLM_INLINE float reduce_max(f32x16 a) {
     for (int i = 0; i < n; ++i) a.v[i] = a.v[i] > a.v[i + n] ? a.v[i] : a.v[i + n];
   return a.v[0];
 }
+PYLLM_INLINE void transpose(f32x16 (&rows)[16]) {
+  for (int i = 0; i < kLanes; ++i)
+    for (int j = 0; j < i; ++j) {
+      const float t = rows[i].v[j];
+      rows[i].v[j] = rows[j].v[i];
+      rows[j].v[i] = t;
+    }
+}
 template <class T>
 PYLLM_INLINE f32x16 load(const T* p) { PYLLM_LANES(to_float(p[i])); }
 template <class T>
@@ -251,12 +320,10 @@ PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
 
-// e^x to about 1 ulp; exp(0) is exactly 1, exp(-inf) exactly 0, NaN stays NaN. Reduction to
-// x - n ln 2 in two steps (Cody and Waite), then a polynomial of degree 6 on [-ln2/2, ln2/2].
-PYLLM_INLINE f32x16 exp(f32x16 x) {
-  const f32x16 clamped = max(splat(-87.0f), min(splat(88.72f), x));  // order keeps NaN
-  const f32x16 n = round(clamped * splat(1.44269504088896341f));
-  f32x16 r = fma(n, splat(-0.693359375f), clamped);
+// e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: the reduction in two steps (Cody and Waite), then a
+// polynomial of degree 6.
+PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
+  f32x16 r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
   f32x16 p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
@@ -264,11 +331,44 @@ PYLLM_INLINE f32x16 exp(f32x16 x) {
   p = fma(p, r, splat(4.1665795894e-2f));
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
-  p = fma(p * r, r, r) + splat(1.0f);
+  return fma(p * r, r, r);
+}
+
+// e^x to about 1 ulp; exp(0) is exactly 1, exp(-inf) exactly 0, NaN stays NaN.
+PYLLM_INLINE f32x16 exp(f32x16 x) {
+  const f32x16 clamped = max(splat(-87.0f), min(splat(88.72f), x));  // order keeps NaN
+  const f32x16 n = round(clamped * splat(1.44269504088896341f));
+  const f32x16 p = expm1_reduced(clamped, n) + splat(1.0f);
   // 2^128 has no float: multiply by 2^(n-1) and then by 2.
   const f32x16 y = scale_by_power(p, n - splat(1.0f)) * splat(2.0f);
   f32x16 out = select_less(x, splat(-87.0f), zero(), y);
   return select_less(splat(88.72f), x, splat(kInf), out);
+}
+
+// 2^x to about 1 ulp, for x <= 127; 0 below -126, exactly 1 at 0, and NaN stays NaN. The coefficients
+// are those of Cephes' exp2f.
+PYLLM_INLINE f32x16 exp2(f32x16 x) {
+  const f32x16 clamped = max(splat(-126.0f), x);  // order keeps NaN
+  const f32x16 n = round(clamped), r = clamped - n;
+  f32x16 p = splat(1.535336188319500e-4f);
+  p = fma(p, r, splat(1.339887440266574e-3f));
+  p = fma(p, r, splat(9.618437357674640e-3f));
+  p = fma(p, r, splat(5.550332471162809e-2f));
+  p = fma(p, r, splat(2.402264791363012e-1f));
+  p = fma(p, r, splat(6.931472028550421e-1f));
+  p = fma(p, r, splat(1.0f));
+  return select_less(x, splat(-126.0f), zero(), scale_by_power(p, n));
+}
+
+// tanh to a few ulps, through e^y - 1 with y = -2|x|, which near 0 does not cancel.
+PYLLM_INLINE f32x16 tanh(f32x16 x) {
+  const f32x16 y = max(splat(-40.0f), abs(x) * splat(-2.0f));  // order keeps NaN
+  const f32x16 n = round(y * splat(1.44269504088896341f));
+  const f32x16 p = expm1_reduced(y, n);
+  const f32x16 power = scale_by_power(splat(1.0f), n);
+  const f32x16 e = fma(p, power, power - splat(1.0f));
+  const f32x16 t = e / (e + splat(2.0f));  // -tanh |x|
+  return select_less(x, zero(), t, zero() - t);
 }
 
 // Calls f with a null pointer of the storage type that `dtype` names, one of kFloats.

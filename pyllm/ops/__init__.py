@@ -4,6 +4,7 @@ from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.embedding import embedding
 from pyllm.ops.layer_norm import layer_norm
 from pyllm.ops.matmul import matmul
+from pyllm.ops.paged_attention import paged_attention
 from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
@@ -15,6 +16,7 @@ __all__ = [
     "gelu_mul",
     "layer_norm",
     "matmul",
+    "paged_attention",
     "quant_matmul",
     "quantize_activation",
     "relu",

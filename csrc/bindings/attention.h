@@ -1,0 +1,73 @@
+// What the bindings of flash_attention and paged_attention share.
+#pragma once
+#include "bindings/bindings.h"
+
+namespace pyllm {
+
+// [T, H, D] as [1, T, H, D], whatever the sequences in it.
+inline Tensor as_batch(Tensor t) {
+  Tensor r = t;
+  r.ndim = 4;
+  r.shape[0] = 1;
+  r.stride[0] = 0;
+  for (int i = 0; i < 3; ++i) r.shape[i + 1] = t.shape[i], r.stride[i + 1] = t.stride[i];
+  return r;
+}
+
+inline int64_t max_splits(int64_t keys) { return (keys + kSplitKeys - 1) / kSplitKeys; }
+
+// How many floats the partial results of a call need: 0 if threads do not share the splits of a
+// sequence, because there is one split only or too many queries.
+inline int64_t attention_partials(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads,
+                                  int64_t head_dim, int64_t max_keys) {
+  if (tokens == 0 || kv_heads == 0 || head_dim == 0 || max_splits(max_keys) < 2) return 0;
+  AttentionArgs a{};
+  int32_t ragged;
+  a.cu_seqlens_q = &ragged;  // so that q.shape[1] counts all tokens
+  a.batch = batch;
+  a.q.shape[1] = tokens, a.q.shape[2] = heads, a.q.shape[3] = head_dim;
+  a.k.shape[2] = kv_heads;
+  if (a.group() == 0) return 0;
+  return a.slots() * heads * max_splits(max_keys) * a.partial_size();
+}
+
+struct AttentionOptions {
+  float scale, softcap;
+  Tensor alibi_slopes, sinks, partials;
+};
+
+// The checks and arguments that the two ops have in common, and the launches.
+inline void run_attention(Check& c, const char* name, AttentionArgs& a,
+                          const AttentionOptions& options) {
+  const int64_t heads = c.dim("H"), kv_heads = c.dim("Hkv"), d = c.dim("D");
+  c.optional(options.alibi_slopes, "alibi_slopes", "H", {DType::F32});
+  c.optional(options.sinks, "sinks", "H", {DType::F32});
+  c.require(kv_heads >= 1 && heads % kv_heads == 0,
+            "q: expected a multiple of the " + std::to_string(kv_heads) + " KV heads, got " +
+                std::to_string(heads) + " heads");
+  c.require(d >= 1 && d <= kMaxHeadDim, "q: expected a head dim from 1 to " +
+                                            std::to_string(kMaxHeadDim) + ", got " +
+                                            std::to_string(d));
+  c.require(options.scale == options.scale && options.softcap >= 0,
+            "scale and softcap: expected numbers, softcap at least 0, got " +
+                std::to_string(options.scale) + " and " + std::to_string(options.softcap));
+  if (a.batch == 0 || a.q.numel() == 0) return;
+  a.scale = options.scale;
+  a.softcap = options.softcap;
+  a.alibi_slopes = options.alibi_slopes.as<float>();
+  a.sinks = options.sinks.as<float>();
+  if (options.partials.defined() && options.partials.numel() > 0) {
+    const int64_t needed = a.slots() * heads * a.max_splits * a.partial_size();
+    c(options.partials, "partials", "_", {DType::F32});
+    c.require(options.partials.numel() >= needed,
+              "partials: expected " + std::to_string(needed) + " floats, got " +
+                  std::to_string(options.partials.numel()));
+    a.partials = options.partials.as<float>();
+    run(make_launch(name, kernels().attention, a),
+        make_launch("attention_combine", kernels().attention_combine, AttentionCombineArgs{a}));
+  } else {
+    run(make_launch(name, kernels().attention, a));
+  }
+}
+
+}  // namespace pyllm

@@ -1,0 +1,69 @@
+#include "bindings/attention.h"
+#include "bindings/batch_checks.h"
+
+namespace pyllm {
+namespace {
+
+void check_contexts(const Check& c, const Tensor& cu_seqlens_q, const Tensor& page_table,
+                    const Tensor& context_lens) {
+  const int32_t *cu = cu_seqlens_q.as<int32_t>(), *lens = context_lens.as<int32_t>();
+  for (int64_t b = 0; b < c.dim("B"); ++b) {
+    c.require(lens[b] >= cu[b + 1] - cu[b],
+              "context_lens[" + std::to_string(b) + "]: expected at least the sequence's " +
+                  std::to_string(cu[b + 1] - cu[b]) + " new tokens, got " + std::to_string(lens[b]));
+    for (int64_t at = 0; at < lens[b]; at += c.dim("page_size"))
+      check_page(c, page_table, b, at, c.dim("page_size"), c.dim("pages"));
+  }
+}
+
+void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q,
+                     Tensor page_table, Tensor context_lens, float scale, int64_t left,
+                     float softcap, Tensor alibi_slopes, Tensor sinks, Tensor k_scale,
+                     Tensor v_scale, Tensor out, Tensor partials) {
+  Check c("paged_attention");
+  c(q, "q", "T H D", kFloats);
+  c(k_cache, "k_cache", "pages page_size Hkv D",
+    {DType::F32, DType::BF16, DType::F16, DType::I8});
+  c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
+  c(page_table, "page_table", "B max_pages", {DType::I32});
+  c(context_lens, "context_lens", "B", {DType::I32});
+  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
+  c.optional(k_scale, "k_scale", "Hkv", {DType::F32});
+  c.optional(v_scale, "v_scale", "Hkv", {DType::F32});
+  c(out, "out", "T H D", {q.dtype});
+  const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
+  c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
+  c.require(cu_seqlens_q.shape[0] == batch + 1,
+            "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
+                std::to_string(cu_seqlens_q.shape[0]));
+  if (!capturing()) {
+    check_cu_seqlens(c, cu_seqlens_q, "cu_seqlens_q", c.dim("T"));
+    check_contexts(c, cu_seqlens_q, page_table, context_lens);
+  }
+  AttentionArgs a{};
+  a.q = as_batch(q);
+  a.k = k_cache;
+  a.v = v_cache;
+  a.out = as_batch(out);
+  a.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
+  a.page_table = page_table.as<int32_t>();
+  a.context_lens = context_lens.as<int32_t>();
+  a.k_scale = k_scale.as<float>();
+  a.v_scale = v_scale.as<float>();
+  a.batch = batch;
+  a.page_table_stride = page_table.stride[0];
+  a.max_pages = page_table.shape[1];
+  a.max_splits = max_splits(a.max_pages * page_size);
+  a.left = left;
+  a.right = 0;
+  run_attention(c, "paged_attention", a, {scale, softcap, alibi_slopes, sinks, partials});
+}
+
+}  // namespace
+
+void register_paged_attention(py::module_& m) {
+  m.def("paged_attention", &paged_attention);
+  m.def("attention_partials", &attention_partials);
+}
+
+}  // namespace pyllm

@@ -1,0 +1,336 @@
+// Attention in blocks of 64 keys with a running softmax (Milakov and Gimelshein, 2018; Dao et al.,
+// 2022), in float32 and to base 2.
+//
+// A chunk is a tile of rows (queries times the heads that share a KV head), so that a block of keys
+// and values is read once for all of them: keys are transposed on the way in, sixteen to a vector,
+// so that no sum runs across a register. Keys go by in splits of 256, each with a softmax of its own;
+// the splits are put together in order, by whoever comes to them. Blocks and splits are counted from
+// key 0 and rows never meet, so one query gives the same bits alone or among others, decoded or
+// prefilled, on any number of threads. Keys that a row does not see take no part in its sums, not
+// even times zero.
+//
+// The floor of decoding is the bytes of the keys and values that are seen, over bandwidth; of
+// prefill 4 * D * (visible pairs) operations over the peak of float32.
+#include "cpu/attention.h"
+
+#include "cpu/attention_tile.h"
+
+namespace pyllm::PYLLM_ISA {
+namespace {
+
+constexpr float kLog2e = 1.44269504088896341f;
+static_assert(kSplitKeys % kBlockKeys == 0);
+alignas(64) constexpr float kIota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
+
+using Sequence = AttentionArgs::Sequence;
+using Range = AttentionArgs::Range;
+
+// The running softmax of a tile's rows: maximum, sum of 2^(score - maximum), weighted values.
+struct Softmax {
+  float maximum[kMaxTileRows], sum[kMaxTileRows];
+  alignas(64) float values[kTileFloats];
+
+  void reset(int64_t rows, int64_t width) {
+    for (int64_t r = 0; r < rows; ++r) maximum[r] = -kInf, sum[r] = 0;
+    for (int64_t i = 0; i < rows * width; i += kLanes) store(values + i, zero());
+  }
+};
+
+// What a chunk works in: one a thread, so that nothing is allocated while a plan runs.
+struct Workspace {
+  alignas(64) float keys[kMaxHeadDim * kBlockKeys];
+  alignas(64) float values[kBlockKeys * kMaxHeadDim];
+  alignas(64) float q[kTileFloats];
+  alignas(64) float weights[kTileRows * kBlockKeys];
+  Range visible[kMaxTileRows];
+  Softmax split, total;
+};
+
+PYLLM_INLINE float exp2_one(float x) {
+  float lanes[kLanes];
+  store(lanes, exp2(splat(x)));
+  return lanes[0];
+}
+// What scores are measured from: the maximum, or 0 where nothing has been seen.
+PYLLM_INLINE float base_of(float maximum) { return maximum == -kInf ? 0.0f : maximum; }
+
+// Adds one row's softmax over later keys to that over earlier ones.
+PYLLM_INLINE void merge(float& maximum, float& sum, float* values, float more_maximum,
+                        float more_sum, const float* more_values, int64_t width) {
+  const float top = more_maximum > maximum ? more_maximum : maximum;
+  const float a = exp2_one(maximum - base_of(top)), b = exp2_one(more_maximum - base_of(top));
+  maximum = top;
+  sum = sum * a + more_sum * b;
+  for (int64_t i = 0; i < width; i += kLanes)
+    store(values + i, fma(load(more_values + i), splat(b), load(values + i) * splat(a)));
+}
+
+// Writes a row's result, given its softmax over all keys.
+void finish(const AttentionArgs& a, const Sequence& s, int64_t i, int64_t head, float maximum,
+            float sum, const float* values) {
+  float factor = 1.0f;
+  if (a.sinks) {
+    const float sink = a.sinks[head] * kLog2e;
+    const float top = sink > maximum ? sink : maximum;
+    factor = exp2_one(maximum - base_of(top));
+    sum = sum * factor + exp2_one(sink - base_of(top));
+    maximum = top;
+  }
+  if (a.lse)
+    a.lse[a.token(s, i) * a.q.shape[2] + head] = (maximum + __builtin_log2f(sum)) / kLog2e;
+  if (a.v_scale) factor *= a.v_scale[head / a.group()];
+  const f32x16 scale = splat(sum == 0.0f ? 0.0f : factor / sum);
+  const int64_t d = a.q.shape[3];
+  dispatch_float(a.out.dtype, [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    T* out = a.out.row<T>(s.b, s.q_start + i) + head * a.out.stride[2];
+    for (int64_t j = 0; j < d; j += kLanes) store_n(out + j, load(values + j) * scale, d - j);
+  });
+}
+
+// One chunk, for keys and values of type T.
+template <class T>
+struct Tile {
+  const AttentionArgs& a;
+  const Sequence s;
+  const int64_t kv_head, first_row, rows, d, width;
+  Workspace& w;
+  // Values that may be read in whole vectors where they lie are; others are copied to w.values.
+  const bool in_place;
+  const T* k_rows[kBlockKeys];
+  const T* v_rows[kBlockKeys];
+  const float* v_copies[kBlockKeys];
+
+  int64_t query(int64_t r) const { return (first_row + r) / a.group(); }
+  int64_t head(int64_t r) const { return kv_head * a.group() + (first_row + r) % a.group(); }
+
+  // Queries in float32, times the factors that every score has.
+  void load_queries() {
+    float scale = a.softcap > 0 ? a.scale / a.softcap : a.scale * kLog2e;
+    if (a.k_scale) scale *= a.k_scale[kv_head];
+    dispatch_float(a.q.dtype, [&](auto* type) {
+      using Q = std::remove_pointer_t<decltype(type)>;
+      for (int64_t r = 0; r < rows; ++r) {
+        const Q* q = a.q.row<Q>(s.b, s.q_start + query(r)) + head(r) * a.q.stride[2];
+        for (int64_t i = 0; i < d; i += kLanes)
+          store(w.q + r * width + i, load_n(q + i, d - i) * splat(scale));
+      }
+    });
+  }
+
+  // Where the keys and values of a block lie.
+  void find_rows(Range keys) {
+    const T* k = static_cast<const T*>(a.k.data) + kv_head * a.k.stride[2];
+    const T* v = static_cast<const T*>(a.v.data) + kv_head * a.v.stride[2];
+    if (!a.page_table) {
+      for (int64_t j = keys.begin; j < keys.end; ++j) {
+        k_rows[j % kBlockKeys] = k + s.b * a.k.stride[0] + (s.k_start + j) * a.k.stride[1];
+        v_rows[j % kBlockKeys] = v + s.b * a.v.stride[0] + (s.k_start + j) * a.v.stride[1];
+      }
+      return;
+    }
+    const int32_t* table = a.page_table + s.b * a.page_table_stride;
+    const int64_t page_size = a.k.shape[1];
+    int64_t at = keys.begin / page_size, slot = keys.begin % page_size;
+    for (int64_t j = keys.begin; j < keys.end; ++at, slot = 0) {
+      const int64_t page = AttentionArgs::clamp(table[at], 0, a.k.shape[0] - 1);
+      for (; slot < page_size && j < keys.end; ++slot, ++j) {
+        k_rows[j % kBlockKeys] = k + page * a.k.stride[0] + slot * a.k.stride[1];
+        v_rows[j % kBlockKeys] = v + page * a.v.stride[0] + slot * a.v.stride[1];
+      }
+    }
+  }
+
+  void load_block(int64_t block, Range keys) {
+    find_rows(keys);
+    for (int64_t g = keys.begin / kLanes * kLanes; g < keys.end; g += kLanes) {
+      const T* from[kLanes];  // where nobody sees a key, one that somebody does stands in for it
+      for (int64_t j = 0; j < kLanes; ++j)
+        from[j] = k_rows[AttentionArgs::clamp(g + j, keys.begin, keys.end - 1) % kBlockKeys];
+      transpose_keys(from, d, w.keys + g - block);
+    }
+    if (in_place) return;
+    for (int64_t j = keys.begin - block; j < keys.end - block; ++j)
+      for (int64_t i = 0; i < d; i += kLanes)
+        store(w.values + j * width + i, load_n(v_rows[j] + i, d - i));
+  }
+
+  f32x16 load_bias(int64_t r, int64_t j, int64_t n) const {
+    const int64_t* stride = a.bias.stride;
+    const int64_t at = s.b * stride[0] + head(r) * stride[1] + query(r) * stride[2] + j;
+    f32x16 x;
+    dispatch_float(a.bias.dtype, [&](auto* type) {
+      x = load_n(static_cast<decltype(type)>(a.bias.data) + at, n);
+    });
+    return x;
+  }
+
+  // Turns the scores of row r in a block into weights, and returns their sum.
+  float weigh(int64_t r, int64_t block, int64_t vectors, float* x) {
+    const Range see = w.visible[r];
+    const int64_t end = see.end - block;
+    const f32x16 first = splat(static_cast<float>(see.begin - block));
+    const f32x16 last = splat(static_cast<float>(end - 1));
+    const bool masked = see.begin > block || end < vectors * kLanes;
+    f32x16 top = splat(-kInf);
+    for (int64_t v = 0; v < vectors; ++v) {
+      f32x16 y = load(x + v * kLanes);
+      const f32x16 j = load(kIota) + splat(static_cast<float>(v * kLanes));
+      if (a.softcap > 0) y = tanh(y) * splat(a.softcap * kLog2e);
+      if (a.alibi_slopes) {
+        const float p = static_cast<float>(query(r) + s.k_len - s.q_len - block);
+        y = fma(abs(j - splat(p)), splat(-a.alibi_slopes[head(r)] * kLog2e), y);
+      }
+      if (a.bias.defined() && end > v * kLanes)
+        y = fma(load_bias(r, block + v * kLanes, end - v * kLanes), splat(kLog2e), y);
+      if (masked) {
+        y = select_less(j, first, splat(-kInf), y);
+        y = select_less(last, j, splat(-kInf), y);
+      }
+      store(x + v * kLanes, y);
+      top = max(y, top);
+    }
+    const float block_maximum = reduce_max(top);
+    if (block_maximum > w.split.maximum[r]) w.split.maximum[r] = block_maximum;
+    const f32x16 base = splat(base_of(w.split.maximum[r]));
+    f32x16 sum = zero();
+    for (int64_t v = 0; v < vectors; ++v) {
+      const f32x16 p = exp2(load(x + v * kLanes) - base);
+      store(x + v * kLanes, p);
+      sum = sum + p;
+    }
+    return reduce_add(sum);
+  }
+
+  // Adds a block to the softmax of rows r to r + n.
+  void attend_rows(int64_t r, int64_t n, int64_t block) {
+    Range any{block + kBlockKeys, block}, all{block, block + kBlockKeys};
+    for (int64_t i = r; i < r + n; ++i) {
+      const Range see = w.visible[i];
+      any = {smaller(any.begin, see.begin), larger(any.end, see.end)};
+      all = {larger(all.begin, see.begin), smaller(all.end, see.end)};
+    }
+    any = {larger(any.begin, block), smaller(any.end, block + kBlockKeys)};
+    if (any.begin >= any.end) return;
+    const int64_t vectors = (any.end - block + kLanes - 1) / kLanes;
+    score_rows(w.q + r * width, width, w.keys, d, w.weights, n, vectors);
+
+    alignas(64) float fade[kLanes] = {};
+    float sums[kTileRows];
+    for (int64_t i = 0; i < n; ++i) {
+      fade[i] = w.split.maximum[r + i];
+      sums[i] = weigh(r + i, block, vectors, w.weights + i * kBlockKeys);
+      fade[i] -= base_of(w.split.maximum[r + i]);
+    }
+    store(fade, exp2(load(fade)));
+    for (int64_t i = 0; i < n; ++i) {
+      w.split.sum[r + i] = w.split.sum[r + i] * fade[i] + sums[i];
+      if (fade[i] == 1.0f) continue;
+      float* values = w.split.values + (r + i) * width;
+      for (int64_t c = 0; c < width; c += kLanes) store(values + c, load(values + c) * splat(fade[i]));
+    }
+    // Together over the keys that all rows see; before and after those, each row on its own.
+    if (all.begin >= all.end) all = {any.end, any.end};
+    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {w.visible[r + i].begin, smaller(all.begin, w.visible[r + i].end)});
+    add_values(r, n, 0, block, all);
+    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
+  }
+  void add_values(int64_t r, int64_t n, int64_t weights_row, int64_t block, Range keys) {
+    const int64_t begin = larger(keys.begin - block, 0), end = smaller(keys.end - block, kBlockKeys);
+    const float* weights = w.weights + weights_row * kBlockKeys;
+    float* out = w.split.values + r * width;
+    if (in_place)
+      value_rows(weights, v_rows, begin, end, width, out, width, n);
+    else
+      value_rows(weights, v_copies, begin, end, width, out, width, n);
+  }
+
+  // The softmax over one split, in w.split.
+  void attend_split(int64_t split, Range seen) {
+    w.split.reset(rows, width);
+    const int64_t begin = larger(seen.begin, split * kSplitKeys);
+    const int64_t end = smaller(seen.end, (split + 1) * kSplitKeys);
+    for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
+      load_block(block, {larger(begin, block), smaller(end, block + kBlockKeys)});
+      for (int64_t r = 0; r < rows; r += kTileRows)
+        attend_rows(r, smaller(rows - r, kTileRows), block);
+    }
+  }
+
+  // Over the given split alone, storing partial results, or (-1) over all of them.
+  void run(int64_t shared_split) {
+    Range seen{s.k_len, 0};
+    for (int64_t r = 0; r < rows; ++r) {
+      const Range see = w.visible[r] = a.visible(s, query(r));
+      if (see.begin < see.end) seen = {smaller(seen.begin, see.begin), larger(seen.end, see.end)};
+    }
+    for (int64_t j = 0; j < kBlockKeys; ++j) v_copies[j] = w.values + j * width;
+    load_queries();
+    if (shared_split >= 0) {
+      attend_split(shared_split, seen);
+      for (int64_t r = 0; r < rows; ++r) {
+        float* to = a.partial(s, query(r), head(r), shared_split);
+        for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(w.split.values + r * width + i));
+        to[width] = w.split.maximum[r];
+        to[width + 1] = w.split.sum[r];
+      }
+      return;
+    }
+    w.total.reset(rows, width);
+    for (int64_t split = seen.begin / kSplitKeys; split * kSplitKeys < seen.end; ++split) {
+      attend_split(split, seen);
+      for (int64_t r = 0; r < rows; ++r)
+        merge(w.total.maximum[r], w.total.sum[r], w.total.values + r * width, w.split.maximum[r],
+              w.split.sum[r], w.split.values + r * width, width);
+    }
+    for (int64_t r = 0; r < rows; ++r)
+      finish(a, s, query(r), head(r), w.total.maximum[r], w.total.sum[r], w.total.values + r * width);
+  }
+};
+
+}  // namespace
+
+void attention(const AttentionArgs& a, int64_t chunk) {
+  static thread_local Workspace workspace;
+  Sequence s = a.sequence(0);
+  for (int64_t n; chunk >= (n = a.chunks_of(s)); chunk -= n) s = a.sequence(s.b + 1);
+  int64_t shared_split = -1;
+  if (a.shares_splits(s)) {
+    const Range splits = a.splits(s);
+    shared_split = splits.begin + chunk % (splits.end - splits.begin);
+    chunk /= splits.end - splits.begin;
+  }
+  const int64_t kv_head = chunk % a.k.shape[2], first_row = chunk / a.k.shape[2] * a.tile_rows();
+  const int64_t rows = smaller(a.tile_rows(), s.q_len * a.group() - first_row), d = a.q.shape[3];
+  const auto run = [&](auto* type) {
+    using T = std::remove_pointer_t<decltype(type)>;
+    // Converting once is worth a copy where several tiles of rows read the values.
+    const bool in_place = d % kLanes == 0 && (sizeof(T) == 4 || rows <= 2 * kTileRows);
+    Tile<T>{a, s, kv_head, first_row, rows, d, a.padded_dim(), workspace, in_place, {}, {}, {}}.run(
+        shared_split);
+  };
+  if (a.k.dtype == DType::I8)
+    run(static_cast<int8_t*>(nullptr));
+  else
+    dispatch_float(a.k.dtype, run);
+}
+
+void attention_combine(const AttentionCombineArgs& args, int64_t chunk) {
+  const AttentionArgs& a = args.attention;
+  const int64_t kv_heads = a.k.shape[2], width = a.padded_dim();
+  const Sequence s = a.sequence(chunk / kv_heads);
+  if (!a.shares_splits(s)) return;
+  const Range splits = a.splits(s);
+  for (int64_t row = 0; row < s.q_len * a.group(); ++row) {
+    const int64_t i = row / a.group(), head = chunk % kv_heads * a.group() + row % a.group();
+    alignas(64) float values[kMaxHeadDim] = {};
+    float maximum = -kInf, sum = 0;
+    for (int64_t split = splits.begin; split < splits.end; ++split) {
+      const float* partial = a.partial(s, i, head, split);
+      merge(maximum, sum, values, partial[width], partial[width + 1], partial, width);
+    }
+    finish(a, s, i, head, maximum, sum, values);
+  }
+}
+
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,116 @@
+// The register tiles of attention: a few rows by a few vectors, for any head dim and any ISA. In
+// each the order of operations of one output element does not depend on the size of the tile.
+#pragma once
+#include "cpu/simd.h"
+
+namespace pyllm::PYLLM_ISA {
+namespace {
+
+// What the registers hold: rows * vectors accumulators, the vectors of one operand, a broadcast.
+#if defined(PYLLM_ISA_AVX512)
+constexpr int kTileRows = 6, kTileVectors = 4;
+#elif defined(PYLLM_ISA_AVX2)
+constexpr int kTileRows = 3, kTileVectors = 2;
+#else
+constexpr int kTileRows = 3, kTileVectors = 1;
+#endif
+
+constexpr int kBlockKeys = 64;  // keys between two rescalings of a row
+
+template <int N>
+struct Count {
+  static constexpr int value = N;
+};
+// f(Count<n>()), for n from 1 to N.
+template <int N, class F>
+PYLLM_INLINE void dispatch_count(int64_t n, F f) {
+  if constexpr (N > 1)
+    if (n < N) return dispatch_count<N - 1>(n, f);
+  f(Count<N>());
+}
+
+// scores[r][16 v + lane] = sum over i of q[r][i] * keys[i][16 v + lane], i ascending, in parts of
+// 32: a chain of 256 additions would lose twice the digits that PyTorch's blocked sums lose.
+template <int R, int V>
+void score_tile(const float* q, int64_t q_stride, const float* keys, int64_t d, float* scores) {
+  for (int64_t part = 0; part < d; part += 32) {
+    f32x16 sum[R][V];
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) sum[r][v] = zero();
+    const int64_t end = smaller(part + 32, d);
+    for (int64_t i = part; i < end; ++i) {
+      f32x16 k[V];
+      for (int v = 0; v < V; ++v) k[v] = load(keys + i * kBlockKeys + v * kLanes);
+      for (int r = 0; r < R; ++r) {
+        const f32x16 x = splat(q[r * q_stride + i]);
+        for (int v = 0; v < V; ++v) sum[r][v] = fma(x, k[v], sum[r][v]);
+      }
+    }
+    for (int r = 0; r < R; ++r)
+      for (int v = 0; v < V; ++v) {
+        float* to = scores + r * kBlockKeys + v * kLanes;
+        store(to, part == 0 ? sum[r][v] : load(to) + sum[r][v]);
+      }
+  }
+}
+
+PYLLM_INLINE void score_rows(const float* q, int64_t q_stride, const float* keys, int64_t d,
+                             float* scores, int64_t rows, int64_t vectors) {
+  for (int64_t v = 0; v < vectors; v += kTileVectors)
+    dispatch_count<kTileRows>(rows, [&](auto r) {
+      dispatch_count<kTileVectors>(vectors - v, [&](auto n) {
+        score_tile<decltype(r)::value, decltype(n)::value>(q, q_stride, keys + v * kLanes, d,
+                                                           scores + v * kLanes);
+      });
+    });
+}
+
+// out[r][i] += sum over keys j of weights[r][j] * values[j][i], j ascending from begin to end.
+template <int R, int V, class T>
+void value_tile(const float* weights, const T* const* values, int64_t begin, int64_t end,
+                int64_t column, float* out, int64_t out_stride) {
+  f32x16 sum[R][V];
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * out_stride + column + v * kLanes);
+  for (int64_t j = begin; j < end; ++j) {
+    f32x16 x[V];
+    for (int v = 0; v < V; ++v) x[v] = load(values[j] + column + v * kLanes);
+    for (int r = 0; r < R; ++r) {
+      const f32x16 w = splat(weights[r * kBlockKeys + j]);
+      for (int v = 0; v < V; ++v) sum[r][v] = fma(w, x[v], sum[r][v]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int v = 0; v < V; ++v) store(out + r * out_stride + column + v * kLanes, sum[r][v]);
+}
+
+template <class T>
+PYLLM_INLINE void value_rows(const float* weights, const T* const* values, int64_t begin,
+                             int64_t end, int64_t padded_dim, float* out, int64_t out_stride,
+                             int64_t rows) {
+  if (begin >= end) return;
+  for (int64_t i = 0; i < padded_dim; i += kTileVectors * kLanes)
+    dispatch_count<kTileRows>(rows, [&](auto r) {
+      dispatch_count<kTileVectors>((padded_dim - i) / kLanes, [&](auto n) {
+        value_tile<decltype(r)::value, decltype(n)::value>(weights, values, begin, end, i, out,
+                                                           out_stride);
+      });
+    });
+}
+
+// keys[i][j] = rows[j][i] in float32 for 16 keys j; d padded with zeros to whole vectors.
+template <class T>
+void transpose_keys(const T* const* rows, int64_t d, float* keys) {
+  for (int64_t i = 0; i < d; i += kLanes) {
+    f32x16 block[kLanes];
+    if (d - i >= kLanes)
+      for (int j = 0; j < kLanes; ++j) block[j] = load(rows[j] + i);
+    else
+      for (int j = 0; j < kLanes; ++j) block[j] = load_n(rows[j] + i, d - i);
+    transpose(block);
+    for (int j = 0; j < kLanes; ++j) store(keys + (i + j) * kBlockKeys, block[j]);
+  }
+}
+
+}  // namespace
+}  // namespace pyllm::PYLLM_ISA

@@ -1,0 +1,115 @@
+"""Attention over a paged cache (Kwon et al., 2023, arXiv:2309.06180)."""
+
+import torch
+
+from pyllm import _C
+from pyllm.ops._attention import attend, window_sides
+from pyllm.ops.alloc import empty, empty_like
+from pyllm.ops.registry import Op
+
+_OP = Op("paged_attention")
+
+
+def paged_attention(
+    q,
+    k_cache,
+    v_cache,
+    *,
+    cu_seqlens_q,
+    page_table,
+    context_lens,
+    scale=None,
+    window=None,
+    softcap=None,
+    alibi_slopes=None,
+    sinks=None,
+    k_scale=None,
+    v_scale=None,
+    out=None,
+    backend=None,
+):
+    """``softmax(scale · q kᵀ) v`` of new tokens over their sequences' keys and values in the cache.
+
+    The new tokens are the last of their sequences, and their keys and values are in the cache
+    already. Token i of n new ones sees the first ``context_lens[b] - n + i + 1`` keys. The result
+    for a token has the same bits however the batch or the prompt is cut.
+
+    Args:
+        q: ``[T, H, D]`` float32, bfloat16 or float16, the sequences end to end; D is 1 to 256;
+            only the last dimension must be contiguous.
+        k_cache, v_cache: ``[pages, page_size, Hkv, D]`` float32, bfloat16, float16 or int8; H is a
+            multiple of Hkv, and query heads ``h * H / Hkv`` and up share KV head h.
+        cu_seqlens_q: ``int32[B + 1]``: sequence b owns tokens ``cu_seqlens_q[b]`` up to
+            ``cu_seqlens_q[b + 1]``.
+        page_table: ``int32[B, max_pages]``: key j of sequence b is
+            ``k_cache[page_table[b, j // page_size], j % page_size]``.
+        context_lens: ``int32[B]``, the keys of each sequence, the new tokens' included.
+        scale: by default ``1 / sqrt(D)``.
+        window: see only the last `window` keys, the token's own included; or a pair
+            ``(left, right)`` of how many keys to see beside it, -1 for all.
+        softcap: logits become ``softcap · tanh(logits / softcap)`` (Gemma 2).
+        alibi_slopes: ``float32[H]``; ``slope · distance`` is subtracted (arXiv:2108.12409).
+        sinks: ``float32[H]``, a logit per head that takes part in the softmax's denominator only.
+        k_scale, v_scale: float or ``float32[Hkv]``, factors of the stored keys and values.
+        out: where to write the result, like `q`.
+
+    Returns:
+        ``[T, H, D]`` in q's dtype; 0 for a token that sees no key.
+
+    Raises:
+        ValueError: for shapes or dtypes that do not fit together, and for lengths or pages outside
+            the tables. (The integers are not looked at while a plan is captured; a replay clamps
+            them.)
+        BackendError: if `backend` cannot serve.
+    """
+    return _OP.implementation(q, backend)(
+        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale or q.shape[-1] ** -0.5,
+        window_sides(window, causal=True), softcap, alibi_slopes, sinks,
+        _per_head(k_scale, k_cache), _per_head(v_scale, v_cache), out,
+    )  # fmt: skip
+
+
+def _per_head(scale, cache):
+    return torch.full((cache.shape[2],), scale) if isinstance(scale, float | int) else scale
+
+
+@_OP.register("reference")
+def _reference(
+    q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides, softcap,
+    alibi_slopes, sinks, k_scale, v_scale, out,
+):  # fmt: skip
+    results = []
+    for b, n_keys in enumerate(context_lens.tolist()):
+        page_size = k_cache.shape[1]
+        at = torch.arange(n_keys, device=q.device)
+        pages = page_table[b].long()[at // page_size]
+        k, v = k_cache[pages, at % page_size], v_cache[pages, at % page_size]
+        k = k if k_scale is None else k.float() * k_scale[:, None]
+        v = v if v_scale is None else v.float() * v_scale[:, None]
+        result, _ = attend(
+            q[cu_seqlens_q[b] : cu_seqlens_q[b + 1]], k, v, scale=scale, sides=sides,
+            softcap=softcap, alibi_slopes=alibi_slopes, bias=None, sinks=sinks,
+        )  # fmt: skip
+        results.append(result.to(q.dtype))
+    result = torch.cat(results) if results else q.clone()
+    return result if out is None else out.copy_(result)
+
+
+@_OP.register("cpu")
+def _cpu(
+    q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides, softcap,
+    alibi_slopes, sinks, k_scale, v_scale, out,
+):  # fmt: skip
+    out = empty_like(q) if out is None else out
+    partials = None
+    if q.ndim == 3 and k_cache.ndim == 4 and page_table.ndim == 2:
+        batch, max_pages = page_table.shape
+        size = _C.attention_partials(
+            batch, *q.shape[:2], k_cache.shape[2], q.shape[2], max_pages * k_cache.shape[1]
+        )
+        partials = empty((size,), torch.float32) if size else None
+    _C.paged_attention(
+        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides[0],
+        softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out, partials,
+    )  # fmt: skip
+    return out

@@ -1,0 +1,307 @@
+import pytest
+import torch
+from cases import DTYPES, HEADS, RAGGED, PagedBatch, dtype_name, rand
+from compare import assert_close, poisoned
+
+from pyllm import _C
+from pyllm.ops import alloc, paged_attention
+from pyllm.ops._attention import attend, window_sides
+
+INF = float("inf")
+
+
+class Case:
+    """Queries, and caches that hold NaN wherever nothing was written."""
+
+    def __init__(self, sequences, heads=(9, 3, 64), dtype=torch.float32, cache_dtype=None, **pages):
+        self.batch = PagedBatch(sequences, **pages)
+        n_heads, kv_heads, self.head_dim = heads
+        cache_dtype = cache_dtype or dtype
+        self.q = rand(self.batch.tokens, n_heads, self.head_dim, dtype=dtype)
+        self.keys, self.values = [], []
+        fill = float("nan") if cache_dtype.is_floating_point else 127
+        self.caches = self.batch.caches(kv_heads, self.head_dim, cache_dtype, fill)
+        for b, n in enumerate(self.batch.context_lens.tolist()):
+            at = torch.arange(n)
+            pages = self.batch.page_table[b].long()[at // self.batch.page_size]
+            for i, rows in enumerate((self.keys, self.values)):
+                x = rand(n, kv_heads, self.head_dim, seed=2 * b + i + 1)
+                if not cache_dtype.is_floating_point:
+                    x = (x * 30).round().clamp(-127, 127)
+                rows.append(x.to(cache_dtype))
+                self.caches[i][pages, at % self.batch.page_size] = rows[-1]
+
+    def run(self, q=None, *, backend="cpu", **options):
+        names = ("cu_seqlens_q", "page_table", "context_lens")
+        tables = {name: getattr(self.batch, name) for name in names}
+        q = self.q if q is None else q
+        return paged_attention(q, *self.caches, **{**tables, **options}, backend=backend)
+
+    def formula(self, dtype, window=None, k_scale=None, v_scale=None, **options):
+        """The formula sequence by sequence, computed in `dtype`."""
+        defaults = {"scale": self.head_dim**-0.5, "softcap": None, "alibi_slopes": None}
+        parts = []
+        for b, (k, v) in enumerate(zip(self.keys, self.values, strict=True)):
+            k = k if k_scale is None else k.to(dtype) * k_scale.to(dtype)[:, None]
+            v = v if v_scale is None else v.to(dtype) * v_scale.to(dtype)[:, None]
+            q = self.q[self.batch.cu_seqlens_q[b] : self.batch.cu_seqlens_q[b + 1]]
+            parts.append(
+                attend(
+                    q, k, v, sides=window_sides(window, causal=True), bias=None, dtype=dtype,
+                    **{**defaults, "sinks": None, **options},
+                )[0]
+            )  # fmt: skip
+        return torch.cat(parts)
+
+    def check(self, **options):
+        out = poisoned(self.q.shape, self.q.dtype)
+        assert self.run(**options, out=out) is out
+        exact = self.formula(torch.float64, **options)
+        assert_close(out, exact, self.formula(self.q.dtype, **options))
+
+
+@pytest.mark.parametrize("sequences", RAGGED, ids=str)
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_matches_reference(sequences, heads, dtype):
+    Case(sequences, heads, dtype).check()
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
+@pytest.mark.parametrize("page_size", [1, 5, 16, 64])
+def test_float32_queries_over_half_caches(cache_dtype, page_size):
+    for sequences in RAGGED:
+        Case(sequences, cache_dtype=cache_dtype, page_size=page_size).check()
+
+
+OPTIONS = {
+    "scale": {"scale": 0.3},
+    "window": {"window": 20},
+    "window of one": {"window": 1},
+    "window as a pair": {"window": (260, 0)},
+    "softcap": {"softcap": 5.0},
+    "alibi": {"alibi_slopes": torch.tensor([2.0**-i for i in range(9)])},
+    "sinks": {"sinks": torch.tensor([0.0, 1, -1, 5, -INF, 2, -3, 0.5, 30])},
+    "all": {"window": 300, "softcap": 8.0, "alibi_slopes": torch.rand(9), "sinks": torch.ones(9)},
+}
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+def test_options(options, dtype):
+    for sequences in RAGGED:
+        Case(sequences, dtype=dtype).check(**options)
+
+
+def test_int8_cache():
+    scales = {"k_scale": torch.tensor([0.02, 0.05, 0.01]), "v_scale": torch.tensor([0.1, 0.03, 1])}
+    for sequences in RAGGED:
+        case = Case(sequences, cache_dtype=torch.int8)
+        case.check(**scales)
+        one = {"k_scale": torch.full((3,), 0.03), "v_scale": torch.full((3,), 0.5)}
+        assert torch.equal(case.run(k_scale=0.03, v_scale=0.5), case.run(**one))
+
+
+def test_the_reference_is_the_formula():
+    for options in OPTIONS.values():
+        case = Case([(5, 40), (1, 7)], cache_dtype=torch.float16)
+        expected = case.formula(torch.float32, **options)
+        assert torch.equal(case.run(backend="reference", **options), expected)
+
+
+def test_a_long_context():
+    Case([(1, 5000), (70, 1200)], (4, 2, 64), torch.float32, torch.float16).check()
+
+
+def cut(case, pieces, **options):
+    """The result for one sequence, its new tokens given in pieces of these lengths."""
+    past = int(case.batch.context_lens[0]) - case.batch.tokens
+    parts, at = [], 0
+    for n in pieces:
+        now = {
+            "cu_seqlens_q": torch.tensor([0, n], dtype=torch.int32),
+            "context_lens": torch.tensor([past + at + n], dtype=torch.int32),
+        }
+        parts.append(case.run(case.q[at : at + n], **now, **options))
+        at += n
+    assert at == case.batch.tokens
+    return torch.cat(parts)
+
+
+@pytest.mark.parametrize("options", [{}, OPTIONS["all"]], ids=["plain", "all options"])
+@pytest.mark.parametrize("cache_dtype", DTYPES, ids=dtype_name)
+def test_the_same_bits_however_a_prompt_is_cut(options, cache_dtype):
+    n = 600
+    case = Case([(n, 0)], cache_dtype=cache_dtype)
+    whole = case.run(**options)
+    for size in (1, 3, 7, 64, 250):
+        pieces = [size] * (n // size) + ([n % size] if n % size else [])
+        assert torch.equal(cut(case, pieces, **options), whole), f"in pieces of {size}"
+
+
+@pytest.mark.parametrize("heads", HEADS, ids=str)
+def test_the_same_bits_for_any_heads(heads):
+    case = Case([(40, 250)], heads)
+    assert torch.equal(cut(case, [1] * 30 + [9, 1]), case.run())
+
+
+def test_the_same_bits_alone_in_a_batch_and_on_any_number_of_threads():
+    sequences = [(1, 700), (130, 300), (0, 9), (5, 40), (1, 3)]
+    case = Case(sequences)
+    whole = case.run()
+    for b in range(len(sequences)):
+        part = slice(*case.batch.cu_seqlens_q[b : b + 2].tolist())
+        alone = {
+            "cu_seqlens_q": torch.tensor([0, part.stop - part.start], dtype=torch.int32),
+            "page_table": case.batch.page_table[b : b + 1],
+            "context_lens": case.batch.context_lens[b : b + 1],
+        }
+        assert torch.equal(case.run(case.q[part], **alone), whole[part])
+    threads = _C.num_threads()
+    try:
+        for n in (1, 3):
+            _C.set_num_threads(n)
+            assert torch.equal(case.run(), whole)
+    finally:
+        _C.set_num_threads(threads)
+
+
+@pytest.mark.parametrize("value", [float("nan"), INF], ids=str)
+def test_keys_that_are_not_visible_do_not_matter(value):
+    case = Case([(90, 200)])
+    before = case.run(window=70)
+    for cache in case.caches:  # key 250: seen by the queries at 250 to 319, which begin at 200
+        cache[case.batch.page_table[0, 250 // 16], 250 % 16] = value
+    after = case.run(window=70)
+    assert torch.equal(after[:50], before[:50])
+    assert after[50:].isnan().all()
+    case = Case([(90, 200)])
+    for cache in case.caches:
+        cache[case.batch.page_table[0, 100 // 16], 100 % 16] = value
+    assert torch.equal(case.run(window=70), before)
+
+
+def test_non_finite_queries_stay_in_their_row():
+    case = Case([(5, 40), (1, 7)])
+    before = case.run()
+    q = case.q.clone()
+    q[2, 4, 9], q[5, 0, 0] = float("nan"), INF
+    after = case.run(q)
+    assert after[2, 4].isnan().all()
+    assert after[5, 0].isnan().all()
+    same = torch.ones(6, 9, dtype=torch.bool)
+    same[2, 4] = same[5, 0] = False
+    assert torch.equal(after[same], before[same])
+
+
+def test_views_of_a_fused_projection_and_of_a_shared_cache():
+    case = Case([(5, 40), (1, 7)])
+    qkv = torch.cat((case.q, rand(6, 6, 64)), 1)
+    both = torch.stack(case.caches, 2)  # [pages, page_size, 2, Hkv, D]
+    expected = case.run()
+    case.caches = both.unbind(2)
+    assert torch.equal(case.run(qkv[:, :9]), expected)
+
+
+def test_nothing_to_do():
+    case = Case([(0, 9), (0, 0)])
+    assert case.run().shape == (0, 9, 64)
+
+
+class Arena:
+    """Keeps what a captured plan points to."""
+
+    def __init__(self):
+        self.tensors = []
+
+    def empty(self, shape, dtype):
+        self.tensors.append(poisoned(shape, dtype))
+        return self.tensors[-1]
+
+
+@pytest.fixture
+def captured(monkeypatch):
+    """A case, the output of its plan and the plan."""
+    case, plan = Case([(2, 30), (3, 300)]), _C.Plan()
+    arena = Arena()
+    with monkeypatch.context() as patch:
+        patch.setattr(alloc, "_arena", arena)
+        plan.begin()
+        out = case.run()
+        plan.end()
+    yield case, out, plan
+    assert len(arena.tensors) == 2
+
+
+def test_a_replay_follows_the_lengths(captured):
+    case, out, plan = captured
+    for lengths in ([32, 303], [32, 255], [5, 300]):
+        case.batch.context_lens.copy_(ints(*lengths))
+        plan.replay()
+        assert torch.equal(out, case.run())
+
+
+def test_a_sequence_without_keys_gives_zero(captured):
+    case, out, plan = captured
+    case.batch.context_lens[0] = 0
+    plan.replay()
+    assert (out[:2] == 0).all()
+    assert out[2:].isfinite().all()
+
+
+def test_a_replay_never_reads_outside_the_cache(captured):
+    case, out, plan = captured
+    for name, values in {
+        "page_table": [2**31 - 1, -(2**31)],
+        "context_lens": [2**31 - 1, -(2**31), 1],
+        "cu_seqlens_q": [2**31 - 1, -(2**31), 1],
+    }.items():
+        original = getattr(case.batch, name).clone()
+        for value in values:
+            getattr(case.batch, name).fill_(value)
+            plan.replay()
+        getattr(case.batch, name).copy_(original)
+    plan.replay()
+    assert torch.equal(out, case.run())
+
+
+def ints(*values):
+    return torch.tensor(values, dtype=torch.int32)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": torch.ones(5, 4, 64)}, "q: expected a multiple of the 3 KV heads, got 4 heads"),
+        ({"q": torch.ones(5, 9, 32)}, r"k_cache: expected .*\(D is 32\)"),
+        ({"q": torch.ones(5, 9, 64).int()}, "q: expected float32"),
+        ({"q": torch.ones(6, 9, 64)}, "cu_seqlens_q: expected to run from 0 to 6"),
+        ({"cu_seqlens_q": ints(0, 5, 2, 5)}, r"expected B \+ 1 = 3 entries, got 4"),
+        ({"cu_seqlens_q": ints(0, 6, 5)}, "cu_seqlens_q: expected to run from 0 to 5 without"),
+        ({"context_lens": ints(32, 2)}, r"context_lens\[1\]: expected at least .* 3 new .* got 2"),
+        (
+            {"context_lens": ints(32, 99), "page_table": torch.zeros(2, 4).int()},
+            "page_table: expected a page for position 64 of sequence 1, got room for 64 positions",
+        ),
+        ({"context_lens": ints(40, 3)}, r"page_table\[0, 2\]: expected a page from 0 to .* got -7"),
+        ({"context_lens": torch.tensor([32, 33])}, "context_lens: expected int32"),
+        ({"softcap": -1.0}, "softcap at least 0"),
+        ({"scale": float("nan")}, "scale and softcap: expected numbers"),
+        ({"window": 0}, "window: expected at least 1 key, got 0"),
+        ({"window": "all"}, "window: expected an int or"),
+        ({"sinks": torch.ones(3)}, r"sinks: expected float32\[H\], got float32\[3\] \(H is 9\)"),
+        ({"alibi_slopes": torch.ones(9).double()}, "alibi_slopes: expected float32"),
+        ({"k_scale": torch.ones(9)}, r"k_scale: expected float32\[Hkv\]"),
+        ({"out": torch.ones(5, 9, 64).half()}, "out: expected float32"),
+    ],
+    ids=str,
+)
+def test_bad_arguments(arguments, message):
+    case = Case([(2, 30), (3, 30)])
+    with pytest.raises(ValueError, match=message):
+        case.run(**arguments)
+
+
+def test_a_head_dim_that_is_too_large():
+    with pytest.raises(ValueError, match="head dim from 1 to 256, got 257"):
+        Case([(1, 3)], (1, 1, 257)).run()
