@@ -25,14 +25,16 @@ void halves() {
   for (uint32_t bits = 0; bits < 65536; ++bits) {
     const f16 h = {static_cast<uint16_t>(bits)};
     const int exponent = bits >> 10 & 31, fraction = bits & 1023;
-    double expected = exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
+    double expected =
+        exponent == 0 ? std::ldexp(fraction, -24) : std::ldexp(1024 + fraction, exponent - 25);
     if (exponent == 31) expected = fraction ? NAN : INFINITY;
     if (bits >> 15) expected = -expected;
     const float value = to_float(h);
     const bool nan = std::isnan(expected);
     expect(nan ? std::isnan(value) : value == expected, "float of a half", value, expected);
     const uint16_t back = from_float<f16>(value).bits;
-    expect(nan ? (back & 0x7c00) == 0x7c00 && back & 1023 : back == bits, "half of a float", back, bits);
+    expect(nan ? (back & 0x7c00) == 0x7c00 && back & 1023 : back == bits, "half of a float", back,
+           bits);
   }
 }
 
@@ -42,7 +44,8 @@ void rms_norm() {
   std::vector<float> x(kRows * kWidth), weight(kWidth), y(kRows * kWidth, NAN);
   uint32_t state = 1;
   for (std::vector<float>* v : {&x, &weight})
-    for (float& value : *v) value = static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f;
+    for (float& value : *v)
+      value = static_cast<float>((state = state * 1664525u + 1013904223u) >> 8) * 0x1p-24f - 0.5f;
   const auto tensor = [](std::vector<float>& v, std::initializer_list<int64_t> shape) {
     Tensor t;
     t.data = v.data();

@@ -20,7 +20,12 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor q
   }
   if (x.numel() == 0) return;
   const auto index = name - std::begin(kActivationNames);
-  ActivationArgs args{x, up, y, quantized, group_size, static_cast<Activation>(index),
+  ActivationArgs args{x,
+                      up,
+                      y,
+                      quantized,
+                      group_size,
+                      static_cast<Activation>(index),
                       rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
   run(make_launch(kActivationNames[index], kernels().activation, args));
 }

@@ -33,7 +33,8 @@ inline Tensor with_heads(Tensor t) {
 }
 
 // Checks the bytes of a QuantActivation of K values a row.
-inline void check_quantized(Check& c, const Tensor& q, const char* name, int64_t k, int group_size) {
+inline void check_quantized(Check& c, const Tensor& q, const char* name, int64_t k,
+                            int group_size) {
   c.require((group_size == 16 || group_size == 32) && k > 0 && k % group_size == 0,
             std::string(name) + ": expected K to be a multiple of the group size " +
                 std::to_string(group_size) + ", got " + std::to_string(k));

@@ -18,8 +18,8 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual
             "residual and residual_out come together");
   if (x.numel() == 0) return;
   if (!weight.defined()) weight.dtype = bias.dtype;
-  LayerNormArgs args{x, weight, bias, residual, y, residual_out, eps,
-                     rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+  LayerNormArgs args{x, weight,       bias, residual,
+                     y, residual_out, eps,  rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
   run(make_launch("layer_norm", kernels().layer_norm, args));
 }
 

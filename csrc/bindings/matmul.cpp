@@ -15,7 +15,8 @@ void matmul(Tensor x, Tensor w, Tensor bias, Tensor y) {
   constexpr int64_t kTokenBytes = 512 * 1024, kWanted = 6, kTileRows = 6, kTileTokens = 4;
   const int64_t tokens = x.shape[0], n = w.shape[0], threads = ThreadPool::get().size();
   const int64_t row_bytes = std::max<int64_t>(4 * x.shape[1], 1);
-  const int64_t fit = std::max<int64_t>(kTokenBytes / row_bytes / kTileTokens * kTileTokens, kTileTokens);
+  const int64_t fit =
+      std::max<int64_t>(kTokenBytes / row_bytes / kTileTokens * kTileTokens, kTileTokens);
   const int64_t block = std::min(tokens, fit);
   const int64_t wanted = std::max<int64_t>(kWanted * threads * block / tokens, 1);
   const int64_t tiles = (n + kTileRows - 1) / kTileRows;

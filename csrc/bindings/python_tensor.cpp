@@ -40,7 +40,8 @@ void read_sizes(const py::object& tuple, int64_t* out, int ndim) {
 Tensor tensor_from_python(py::handle object) {
   static const Names* names = new Names;
   const auto type_error = [&](const std::string& expected) {
-    return py::type_error("expected " + expected + ", got " + std::string(py::str(py::type::of(object))));
+    return py::type_error("expected " + expected + ", got " +
+                          std::string(py::str(py::type::of(object))));
   };
   PyObject* dtype_object = PyObject_GetAttr(object.ptr(), names->dtype);
   if (!dtype_object) {
@@ -56,10 +57,12 @@ Tensor tensor_from_python(py::handle object) {
   t.dtype = static_cast<DType>(i);
   const py::object is_cpu = owned(PyObject_GetAttr(object.ptr(), names->is_cpu));
   if (is_cpu.ptr() != Py_True)
-    throw py::type_error("expected a CPU tensor, got one on " + std::string(py::str(object.attr("device"))));
+    throw py::type_error("expected a CPU tensor, got one on " +
+                         std::string(py::str(object.attr("device"))));
   const py::object shape = owned(PyObject_GetAttr(object.ptr(), names->shape));
   const py::object stride = owned(PyObject_CallMethodNoArgs(object.ptr(), names->stride));
-  if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr())) throw type_error("a torch.Tensor");
+  if (!PyTuple_Check(shape.ptr()) || !PyTuple_Check(stride.ptr()))
+    throw type_error("a torch.Tensor");
   t.ndim = static_cast<int>(PyTuple_GET_SIZE(shape.ptr()));
   if (t.ndim > kMaxDims)
     throw py::type_error("expected at most " + std::to_string(kMaxDims) + " dimensions, got " +

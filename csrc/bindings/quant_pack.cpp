@@ -72,8 +72,8 @@ void pack(const py::list& sources, const std::string& type_name, int64_t k, Tens
   const GgmlType type = type_named(c, type_name);
   const Sources s(c, sources, type, k);
   c(out, "out", "_", {DType::U8}, true);
-  c.require(out.shape[0] == s.matrix.bytes(), "out: expected uint8[" + std::to_string(s.matrix.bytes()) +
-                                                   "], got " + describe(out));
+  c.require(out.shape[0] == s.matrix.bytes(),
+            "out: expected uint8[" + std::to_string(s.matrix.bytes()) + "], got " + describe(out));
   py::gil_scoped_release release;
   pack_ggml(s.rows, type, s.matrix, out.as<uint8_t>());
 }

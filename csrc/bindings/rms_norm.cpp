@@ -11,7 +11,8 @@ void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Ten
   c(weight, "weight", "D", kFloats);
   c.optional(residual, "residual", "T H D", {x.dtype});
   c.optional(residual_out, "residual_out", "T H D", {x.dtype});
-  c.require(residual.defined() == residual_out.defined(), "residual and residual_out come together");
+  c.require(residual.defined() == residual_out.defined(),
+            "residual and residual_out come together");
   if (quantized.defined()) {
     c.require(x.shape[1] == 1, "quantize: expected x [T, D], got " + describe(x));
     check_quantized(c, quantized, "quantized", c.dim("D"), group_size);
@@ -19,8 +20,9 @@ void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Ten
     c(y, "out", "T H D", {x.dtype});
   }
   if (x.numel() == 0) return;
-  RmsNormArgs args{x, weight, residual, y, residual_out, quantized, group_size, eps,
-                   rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+  RmsNormArgs args{x,          weight,       residual,
+                   y,          residual_out, quantized,
+                   group_size, eps,          rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
   run(make_launch("rms_norm", kernels().rms_norm, args));
 }
 

@@ -38,10 +38,21 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
         check_page(c, page_table, b, at[t], page_size, pages);
       }
   }
-  RopeCacheArgs args{
-      q, k, v, cos_sin, k_cache, v_cache, out, positions.as<int32_t>(), cu_seqlens_q.as<int32_t>(),
-      page_table.as<int32_t>(), page_table.stride[0], page_table.shape[1], batch,
-      rows_per_chunk(c.dim("T"), (c.dim("H") + 2 * c.dim("Hkv")) * c.dim("D")), interleaved};
+  RopeCacheArgs args{q,
+                     k,
+                     v,
+                     cos_sin,
+                     k_cache,
+                     v_cache,
+                     out,
+                     positions.as<int32_t>(),
+                     cu_seqlens_q.as<int32_t>(),
+                     page_table.as<int32_t>(),
+                     page_table.stride[0],
+                     page_table.shape[1],
+                     batch,
+                     rows_per_chunk(c.dim("T"), (c.dim("H") + 2 * c.dim("Hkv")) * c.dim("D")),
+                     interleaved};
   run(make_launch("rope_cache", kernels().rope_cache, args));
 }
 

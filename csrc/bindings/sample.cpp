@@ -23,11 +23,13 @@ void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tenso
   c.optional(history, "history", "R L", {DType::I32});
   c.optional(prompt_lens, "prompt_lens", "R", {DType::I32});
   c.optional(history_lens, "history_lens", "R", {DType::I32});
-  c.require(history.defined() == prompt_lens.defined() && history.defined() == history_lens.defined(),
-            "history, prompt_lens and history_lens come together");
-  const bool penalties = repetition_penalty.defined() || presence_penalty.defined() ||
-                         frequency_penalty.defined();
-  c.require(!penalties || history.defined(), "penalties need history, prompt_lens and history_lens");
+  c.require(
+      history.defined() == prompt_lens.defined() && history.defined() == history_lens.defined(),
+      "history, prompt_lens and history_lens come together");
+  const bool penalties =
+      repetition_penalty.defined() || presence_penalty.defined() || frequency_penalty.defined();
+  c.require(!penalties || history.defined(),
+            "penalties need history, prompt_lens and history_lens");
   c(token, "token", "R", {DType::I32});
   c.optional(logprob, "logprob", "R", {DType::F32});
   if (logits.shape[0] == 0) return;

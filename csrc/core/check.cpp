@@ -69,8 +69,8 @@ void Check::operator()(const Tensor& t, const char* name, std::string_view shape
 
 void Check::same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name) {
   if (a.dtype != b.dtype)
-    fail(std::string(b_name) + ": expected the dtype of " + a_name + " (" +
-         pyllm::name(a.dtype) + "), got " + pyllm::name(b.dtype));
+    fail(std::string(b_name) + ": expected the dtype of " + a_name + " (" + pyllm::name(a.dtype) +
+         "), got " + pyllm::name(b.dtype));
 }
 
 }  // namespace pyllm

@@ -45,7 +45,8 @@ void unpack_q4_k(const uint8_t* block, GgmlBlock& out) {
     const uint8_t* p = nibbles + g / 2 * 32;
     const int shift = g % 2 * 4;
     for (int i = 0; i < 16; ++i)
-      out.q[g * 16 + i] = static_cast<uint8_t>((p[i] >> shift & 15) | (p[i + 16] >> shift & 15) << 4);
+      out.q[g * 16 + i] =
+          static_cast<uint8_t>((p[i] >> shift & 15) | (p[i + 16] >> shift & 15) << 4);
   }
 }
 

@@ -12,15 +12,15 @@ enum class GgmlType { Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q4_K, Q5_K, Q6_K };
 
 struct GgmlFormat {
   const char* name;
-  int block_size, block_bytes;       // weights and bytes of a block
-  int bits, group_size;              // what it becomes in a QuantMatrix
+  int block_size, block_bytes;  // weights and bytes of a block
+  int bits, group_size;         // what it becomes in a QuantMatrix
   bool has_minimum;
 };
 inline constexpr GgmlFormat kGgmlFormats[] = {
-    {"Q4_0", 32, 18, 4, 32, false},   {"Q4_1", 32, 20, 4, 32, true},
-    {"Q5_0", 32, 22, 8, 32, false},   {"Q5_1", 32, 24, 8, 32, true},
-    {"Q8_0", 32, 34, 8, 32, false},   {"Q4_K", 256, 144, 4, 32, true},
-    {"Q5_K", 256, 176, 8, 32, true},  {"Q6_K", 256, 210, 8, 16, false},
+    {"Q4_0", 32, 18, 4, 32, false},  {"Q4_1", 32, 20, 4, 32, true},
+    {"Q5_0", 32, 22, 8, 32, false},  {"Q5_1", 32, 24, 8, 32, true},
+    {"Q8_0", 32, 34, 8, 32, false},  {"Q4_K", 256, 144, 4, 32, true},
+    {"Q5_K", 256, 176, 8, 32, true}, {"Q6_K", 256, 210, 8, 16, false},
 };
 inline const GgmlFormat& format_of(GgmlType type) { return kGgmlFormats[static_cast<int>(type)]; }
 

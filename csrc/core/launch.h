@@ -12,10 +12,10 @@ namespace pyllm {
 struct Launch {
   static constexpr size_t kMaxArgs = 1024;
   alignas(16) std::byte args[kMaxArgs];
-  void (*kernel)();                                                 // really void(const Args&, int64_t)
-  int64_t (*count)(const std::byte* args);                          // asked at run time
+  void (*kernel)();                         // really void(const Args&, int64_t)
+  int64_t (*count)(const std::byte* args);  // asked at run time
   void (*run)(void (*kernel)(), const std::byte* args, int64_t chunk);
-  const char* name;                                                 // for profiles
+  const char* name;  // for profiles
 };
 
 // `Args` is plain data with `int64_t chunks() const`, which may read sizes that change between

@@ -175,14 +175,15 @@ void ThreadPool::worker(int thread) {
 void ThreadPool::run_timed(const Launch* launches, size_t n, int64_t* ns) {
   if (n == 0) return;
   std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
-  const bool alone = !lock.owns_lock() || n_threads_ == 1 ||
-                     (n == 1 && launches[0].count(launches[0].args) <= 1);
+  const bool alone =
+      !lock.owns_lock() || n_threads_ == 1 || (n == 1 && launches[0].count(launches[0].args) <= 1);
   if (alone) {
     for (size_t i = 0; i < n; ++i) {
       const auto begin = ns ? Clock::now() : Clock::time_point();
       const int64_t count = launches[i].count(launches[i].args);
       for (int64_t c = 0; c < count; ++c) launches[i].run(launches[i].kernel, launches[i].args, c);
-      if (ns) ns[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
+      if (ns)
+        ns[i] += std::chrono::duration_cast<std::chrono::nanoseconds>(Clock::now() - begin).count();
     }
     return;
   }

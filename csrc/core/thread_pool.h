@@ -1,10 +1,11 @@
 // Persistent threads that run a list of launches, one after the other.
 //
-// Each launch's chunks are dealt out in equal runs, one a thread; a thread that has finished its own
-// takes chunks from the others. A launch is over when its chunks are done, not when every thread has
-// come by: a thread that lost its core holds back the chunk that it was in and nothing else, and one
-// that is still asleep holds back nothing. Whoever finishes the last chunk opens the next launch.
-// Waiting spins for some microseconds and then sleeps, which hands the core to whoever needs it.
+// Each launch's chunks are dealt out in equal runs, one a thread; a thread that has finished its
+// own takes chunks from the others. A launch is over when its chunks are done, not when every
+// thread has come by: a thread that lost its core holds back the chunk that it was in and nothing
+// else, and one that is still asleep holds back nothing. Whoever finishes the last chunk opens the
+// next launch. Waiting spins for some microseconds and then sleeps, which hands the core to whoever
+// needs it.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -55,8 +56,8 @@ class ThreadPool {
   // The job: written while no chunk can be taken, read by whoever holds one.
   const Launch* launches_ = nullptr;
   size_t n_launches_ = 0;
-  size_t index_ = 0;       // of the open launch
-  int64_t n_chunks_ = 0;   // that it has
+  size_t index_ = 0;      // of the open launch
+  int64_t n_chunks_ = 0;  // that it has
   int64_t* ns_ = nullptr;
   std::chrono::steady_clock::time_point opened_;
 

@@ -1,5 +1,5 @@
-// One pass over memory. The floor is bytes over bandwidth, (1 or 2 reads + 1 write) * D * itemsize a
-// row, while the data is in memory; in the caches it is the exponential's twenty operations.
+// One pass over memory. The floor is bytes over bandwidth, (1 or 2 reads + 1 write) * D * itemsize
+// a row, while the data is in memory; in the caches it is the exponential's twenty operations.
 #include "cpu/activation.h"
 
 #include <type_traits>

@@ -6,9 +6,9 @@ namespace pyllm {
 enum class Activation : int32_t { kRelu, kSilu, kGelu, kGeluTanh };
 inline constexpr const char* kActivationNames[] = {"relu", "silu", "gelu", "gelu_tanh"};
 
-// y = f(x), or f(x) * up, rounded once. All are [T, H, D] with any strides but the last. A chunk is a
-// block of T times a block of D, so that one long row is shared out too. Where `quantized` is given, y
-// is not written but quantized there, for a matmul that follows; then H is 1.
+// y = f(x), or f(x) * up, rounded once. All are [T, H, D] with any strides but the last. A chunk is
+// a block of T times a block of D, so that one long row is shared out too. Where `quantized` is
+// given, y is not written but quantized there, for a matmul that follows; then H is 1.
 struct ActivationArgs {
   Tensor x, up, y, quantized;
   int group_size;

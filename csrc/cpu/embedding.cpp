@@ -1,6 +1,6 @@
 // The floor is bytes over bandwidth: one row read and one written a token. The rows of a panel of
-// quantized weights lie interleaved, so reading one touches the cache lines of all sixteen: a few KB
-// a token, nothing beside the layers that follow.
+// quantized weights lie interleaved, so reading one touches the cache lines of all sixteen: a few
+// KB a token, nothing beside the layers that follow.
 #include "cpu/embedding.h"
 
 #include <type_traits>

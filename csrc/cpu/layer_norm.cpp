@@ -1,6 +1,6 @@
 // A row is read from memory once and stays in L1 for two more passes: the variance is summed from
-// differences to the mean, since E[x^2] - E[x]^2 cancels for rows with an offset. The floor is bytes
-// over bandwidth: (1 read + 1 write) * D * itemsize a row, twice that with a residual.
+// differences to the mean, since E[x^2] - E[x]^2 cancels for rows with an offset. The floor is
+// bytes over bandwidth: (1 read + 1 write) * D * itemsize a row, twice that with a residual.
 #include "cpu/layer_norm.h"
 
 #include <cmath>

@@ -103,7 +103,8 @@ void multiply(const MatmulArgs& a, int64_t chunk) {
   for (int64_t row = first; row < last; row += kRows) {
     const int rows = static_cast<int>(smaller(kRows, last - row));
     int64_t token = begin;
-    for (; token + kTokens <= end; token += kTokens) multiply_tile<T, W, kTokens>(a, token, row, rows);
+    for (; token + kTokens <= end; token += kTokens)
+      multiply_tile<T, W, kTokens>(a, token, row, rows);
     for (; token < end; ++token) multiply_tile<T, W, 1>(a, token, row, rows);
   }
 }

@@ -6,8 +6,8 @@ namespace pyllm {
 // Rows of activations as quant_matmul reads them: int8 with a scale per group of `group_size`
 // consecutive k. A row is one block of bytes, its parts one after the other:
 //   int8 q[K], float d[G], float s[G], int32 c[G];  x is about d * q
-// s = d * sum(q) multiplies a weight's minimum; c = -8 * sum(q) starts the integer dot product where
-// quants have an offset of 8 (or, shifted left by four, of 128).
+// s = d * sum(q) multiplies a weight's minimum; c = -8 * sum(q) starts the integer dot product
+// where quants have an offset of 8 (or, shifted left by four, of 128).
 struct ActivationLayout {
   int64_t k;
   int group_size;

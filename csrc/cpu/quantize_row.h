@@ -22,9 +22,9 @@ struct QuantizedRow {
         group_size(layout.group_size) {}
 };
 
-// Writes group g, whose values are v0 and v1 (zeros for groups of 16). d = max|x| / 127 and q = x / d
-// to the nearest, ties to even. Groups with no value above 1e-30 count as zero (d = 0). A group with
-// NaN or inf gets d = NaN, so that every output that it takes part in is NaN.
+// Writes group g, whose values are v0 and v1 (zeros for groups of 16). d = max|x| / 127 and q = x /
+// d to the nearest, ties to even. Groups with no value above 1e-30 count as zero (d = 0). A group
+// with NaN or inf gets d = NaN, so that every output that it takes part in is NaN.
 PYLLM_INLINE void quantize_group(QuantizedRow row, int64_t g, f32x16 v0, f32x16 v1) {
   const float top = reduce_max(max(abs(v0), abs(v1)));
   // Zero, or NaN if any value is not finite: comparisons alone lose NaN.

@@ -36,9 +36,8 @@ void normalize_row(const RmsNormArgs& a, int64_t t, int64_t h) {
   const W* weight = a.weight.as<W>();
   if (a.quantized.defined()) {
     const ActivationLayout layout{d, a.group_size};
-    return quantize_groups({a.quantized.row<uint8_t>(t), layout}, 0, layout.groups(), [=](int64_t i) {
-      return load(source + i) * scale * load(weight + i);
-    });
+    return quantize_groups({a.quantized.row<uint8_t>(t), layout}, 0, layout.groups(),
+                           [=](int64_t i) { return load(source + i) * scale * load(weight + i); });
   }
   T* y = a.y.row<T>(t, h);
   for (int64_t i = 0; i < d; i += kLanes)

@@ -54,7 +54,8 @@ void rope_token(const RopeCacheArgs& a, int64_t token) {
   const int64_t angle = smaller(larger(position, 0), a.cos_sin.shape[0] - 1);
   const float *cosine = a.cos_sin.row<float>(angle), *sine = cosine + half;
   for (int64_t h = 0; h < a.q.shape[1]; ++h)
-    rotate(a.q.row<X>(token, h), a.q_out.row<X>(token, h), cosine, sine, half, width, a.interleaved);
+    rotate(a.q.row<X>(token, h), a.q_out.row<X>(token, h), cosine, sine, half, width,
+           a.interleaved);
   const Slot slot = find_slot(a, token, position);
   if (slot.page < 0) return;
   for (int64_t h = 0; h < a.k.shape[1]; ++h) {

@@ -1,10 +1,10 @@
-// Nothing is sorted. A cut (top-k, top-p) is found by radix selection over the few candidates that a
-// cheap bound leaves, and applied by setting weights to zero. Weights are integers, so their sums are
-// exact in any order: the result does not depend on how the sums are vectorized.
+// Nothing is sorted. A cut (top-k, top-p) is found by radix selection over the few candidates that
+// a cheap bound leaves, and applied by setting weights to zero. Weights are integers, so their sums
+// are exact in any order: the result does not depend on how the sums are vectorized.
 //
-// The floor is reading V floats from the cache. For one row of 49152 (Zen 4, AVX-512): greedy 1.7 us,
-// log-probability 19 more (an exponential each), temperature alone 34, top-k 50 33, top-p 0.95 of a
-// peaked distribution 60, and of a flat one, where most tokens are candidates, 170 to 240.
+// The floor is reading V floats from the cache. For one row of 49152 (Zen 4, AVX-512): greedy 1.7
+// us, log-probability 19 more (an exponential each), temperature alone 34, top-k 50 33, top-p 0.95
+// of a peaked distribution 60, and of a flat one, where most tokens are candidates, 170 to 240.
 #include "cpu/sample.h"
 
 #include <cmath>
@@ -17,7 +17,7 @@ namespace {
 
 constexpr float kOne = 0x1p30f;  // the weight of the most probable token
 constexpr float kMax = std::numeric_limits<float>::max();
-constexpr int64_t kBlock = 64;   // scanned as one: is there anything in it?
+constexpr int64_t kBlock = 64;  // scanned as one: is there anything in it?
 
 // Buffers of V elements that a thread keeps from call to call.
 struct Scratch {
@@ -84,7 +84,12 @@ PYLLM_INLINE void scan(int64_t n, W wanted, F f) {
 PYLLM_INLINE int64_t first_highest(const float* x, int64_t n, float top) {
   int64_t found = 0;
   if (top > -kInf)
-    scan(n, [&](int64_t i) { return x[i] == top; }, [&](int64_t i) { found = i; return true; });
+    scan(
+        n, [&](int64_t i) { return x[i] == top; },
+        [&](int64_t i) {
+          found = i;
+          return true;
+        });
   return found;
 }
 
@@ -198,8 +203,12 @@ Cut top_k_cut(const float* scores, int64_t n, int64_t k) {
   }
   if (k < n_maxima) bound = find_cut(keys, nullptr, n_maxima, k).threshold;
   int64_t candidates = 0;
-  scan(n, [&](int64_t i) { return scores[i] >= bound; },
-       [&](int64_t i) { keys[candidates++] = key_of(scores[i]); return false; });
+  scan(
+      n, [&](int64_t i) { return scores[i] >= bound; },
+      [&](int64_t i) {
+        keys[candidates++] = key_of(scores[i]);
+        return false;
+      });
   return find_cut(keys, nullptr, candidates, k);
 }
 
@@ -212,12 +221,13 @@ Cut top_p_cut(const float* scores, const int32_t* weights, int64_t n, float p) {
   uint32_t* keys = scratch.keys;
   int32_t* measures = scratch.measures;
   int64_t candidates = 0;
-  scan(n, [&](int64_t i) { return weights[i] > small; },
-       [&](int64_t i) {
-         keys[candidates] = key_of(scores[i]);
-         measures[candidates++] = weights[i];
-         return false;
-       });
+  scan(
+      n, [&](int64_t i) { return weights[i] > small; },
+      [&](int64_t i) {
+        keys[candidates] = key_of(scores[i]);
+        measures[candidates++] = weights[i];
+        return false;
+      });
   return find_cut(keys, measures, candidates, limit);
 }
 
@@ -226,11 +236,12 @@ void apply(const Cut& cut, const float* scores, int32_t* weights, int64_t n) {
   for (int64_t i = 0; i < n; ++i) weights[i] = scores[i] >= cut.threshold ? weights[i] : 0;
   if (!cut.surplus) return;
   int64_t ties = 0;
-  scan(n, [&](int64_t i) { return scores[i] == cut.threshold; },
-       [&](int64_t i) {
-         if (ties++ >= cut.ties) weights[i] = 0;
-         return false;
-       });
+  scan(
+      n, [&](int64_t i) { return scores[i] == cut.threshold; },
+      [&](int64_t i) {
+        if (ties++ >= cut.ties) weights[i] = 0;
+        return false;
+      });
 }
 
 // floor(2^30 exp((score - top) / temperature)), 0 below the threshold.
