@@ -10,6 +10,7 @@ void register_paged_attention(pybind11::module_& m);
 void register_rope_cache(pybind11::module_& m);
 void register_quant_matmul(pybind11::module_& m);
 void register_quant_pack(pybind11::module_& m);
+void register_limits(pybind11::module_& m);
 void register_sample(pybind11::module_& m);
 void register_matmul(pybind11::module_& m);
 void register_embedding(pybind11::module_& m);
@@ -26,6 +27,7 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_rope_cache(m);
   pyllm::register_quant_matmul(m);
   pyllm::register_quant_pack(m);
+  pyllm::register_limits(m);
   pyllm::register_sample(m);
   pyllm::register_matmul(m);
   pyllm::register_embedding(m);

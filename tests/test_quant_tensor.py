@@ -8,7 +8,7 @@ from cases import rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllm.quant import QuantTensor
+from pyllm.quant import QuantTensor, memory
 
 # name -> where the float16 scales lie in a block, as byte offsets
 HALVES = {
@@ -110,6 +110,14 @@ def test_from_float_keeps_constants_and_zeros():
     for symmetric in (False, True):
         weight = QuantTensor.from_float(w, symmetric=symmetric)
         assert torch.equal(weight.dequantize(), w)
+
+
+def test_weights_share_slabs_and_do_not_overlap():
+    sizes = [1, 64, 65, 1 << 20, 20 << 20, 3]
+    parts = [memory.allocate(size).fill_(i) for i, size in enumerate(sizes)]
+    assert [part.numel() for part in parts] == sizes
+    assert all(part.data_ptr() % 64 == 0 for part in parts)
+    assert all((part == i).all() for i, part in enumerate(parts))
 
 
 def test_repr():

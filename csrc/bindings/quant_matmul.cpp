@@ -4,16 +4,16 @@
 namespace pyllm {
 namespace {
 
-// Several chunks a thread, so that they balance, but each worth about a microsecond. A block of tokens
-// is what stays in L2 while the panels pass.
+// Several chunks a thread, so that they balance, each of panels that stay in L2 while the tokens pass.
+// Where there are too few panels for that, tokens are divided too.
 QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
-  constexpr int64_t kTokenBytes = 512 * 1024, kWanted = 6, kTile = 12;
-  const int64_t tokens = q.shape[0], threads = ThreadPool::get().size();
+  constexpr int64_t kCache = 512 * 1024, kPerThread = 6, kTile = 12;
+  const int64_t tokens = q.shape[0], wanted = kPerThread * ThreadPool::get().size();
+  const int64_t fit = std::max<int64_t>(kCache / w.panel_bytes(), 1);
   QuantMatmulArgs a{q, bias, y, w, 1, tokens};
-  const int64_t blocks = (tokens * q.shape[1] + kTokenBytes - 1) / kTokenBytes;
-  if (blocks > 1) a.tokens_per_chunk = (tokens + blocks * kTile - 1) / (blocks * kTile) * kTile;
-  const int64_t wanted = std::max<int64_t>(kWanted * threads / std::max<int64_t>(blocks, 1), 1);
-  a.panels_per_chunk = std::max<int64_t>(w.panels() / wanted, 1);
+  a.panels_per_chunk = std::clamp<int64_t>(w.panels() / wanted, 1, tokens > kTile ? fit : w.panels());
+  const int64_t blocks = std::max<int64_t>(wanted / a.panel_chunks(), 1);
+  a.tokens_per_chunk = std::max<int64_t>((tokens / blocks + kTile - 1) / kTile * kTile, kTile);
   return a;
 }
 

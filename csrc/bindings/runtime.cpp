@@ -2,6 +2,7 @@
 #include <pybind11/stl.h>
 
 #include "bindings/bindings.h"
+#include "core/huge_pages.h"
 #include "core/plan.h"
 #include "core/thread_pool.h"
 
@@ -23,6 +24,10 @@ void register_runtime(py::module_& m) {
       throw ArgumentError("set_num_threads: expected 1 to 1024 threads, got " + std::to_string(n));
     py::gil_scoped_release release;
     ThreadPool::get().resize(n);
+  });
+  m.def("advise_huge_pages", [](Tensor memory) {
+    Check("advise_huge_pages")(memory, "memory", "_", {DType::U8}, true);
+    advise_huge_pages(memory.data, memory.numel());
   });
   m.def("isa", [] { return kIsaNames[static_cast<int>(selected_isa())]; });
   m.def("available_isas", [] {

@@ -5,6 +5,7 @@
 #include "cpu/attention.h"
 #include "cpu/embedding.h"
 #include "cpu/layer_norm.h"
+#include "cpu/limits.h"
 #include "cpu/matmul.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quantize_activation.h"

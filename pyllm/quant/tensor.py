@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import torch
 
 from pyllm import _C
-from pyllm.quant import packing
+from pyllm.quant import memory, packing
 
 
 @dataclass(frozen=True, repr=False)
@@ -51,7 +51,8 @@ class QuantTensor:
             )
         if bits == 4 and q.max() > 15:
             raise ValueError(f"QuantTensor: expected 4-bit quants below 16, got {q.max().item()}")
-        packed = packing.pack(q, scale, minimum, bits)
+        blocks = packing.pack(q, scale, minimum, bits)
+        packed = memory.allocate(blocks.numel()).copy_(blocks)
         return QuantTensor(packed, (n, k), bits, k // scale.shape[1], minimum is not None)
 
     @staticmethod
@@ -119,7 +120,7 @@ class QuantTensor:
             (raw.numpy() if isinstance(raw, torch.Tensor) else raw, int(n)) for raw, n in sources
         ]
         bits, group_size, has_minimum, n, nbytes = _C.packed_format(sources, ggml_type, k)
-        packed = torch.empty(nbytes, dtype=torch.uint8)
+        packed = memory.allocate(nbytes)
         _C.pack_ggml(sources, ggml_type, k, packed)
         return QuantTensor(packed, (n, k), bits, group_size, has_minimum)
 
