@@ -6,6 +6,7 @@ void register_length_prefixed(pybind11::module_& m);
 void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
 void register_activation(pybind11::module_& m);
+void register_flash_attention(pybind11::module_& m);
 void register_paged_attention(pybind11::module_& m);
 void register_rope_cache(pybind11::module_& m);
 void register_quant_matmul(pybind11::module_& m);
@@ -23,6 +24,7 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_layer_norm(m);
   pyllm::register_rms_norm(m);
   pyllm::register_activation(m);
+  pyllm::register_flash_attention(m);
   pyllm::register_paged_attention(m);
   pyllm::register_rope_cache(m);
   pyllm::register_quant_matmul(m);

@@ -3,27 +3,22 @@
 //
 // A chunk is a tile of rows (queries times the heads that share a KV head), so that a block of keys
 // and values is read once for all of them: keys are transposed on the way in, sixteen to a vector,
-// so that no sum runs across a register. Keys go by in splits of 256, each with a softmax of its own;
-// the splits are put together in order, by whoever comes to them. Blocks and splits are counted from
-// key 0 and rows never meet, so one query gives the same bits alone or among others, decoded or
-// prefilled, on any number of threads. Keys that a row does not see take no part in its sums, not
-// even times zero.
+// so that no sum runs across a register. Keys go by in splits of 256, each with a softmax of its
+// own; the splits are put together in order, here or, where threads share them, in
+// paged_attention.cpp. Blocks and splits are counted from key 0 and rows never meet, so one query
+// gives the same bits alone or among others, decoded or prefilled, on any number of threads. Keys
+// that a row does not see take no part in its sums, not even times zero.
 //
 // The floor of decoding is the bytes of the keys and values that are seen, over bandwidth; of
 // prefill 4 * D * (visible pairs) operations over the peak of float32.
-#include "cpu/attention.h"
-
+#include "cpu/attention_row.h"
 #include "cpu/attention_tile.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-constexpr float kLog2e = 1.44269504088896341f;
 static_assert(kSplitKeys % kBlockKeys == 0);
 alignas(64) constexpr float kIota[kLanes] = {0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15};
-
-using Sequence = AttentionArgs::Sequence;
-using Range = AttentionArgs::Range;
 
 // The running softmax of a tile's rows: maximum, sum of 2^(score - maximum), weighted values.
 struct Softmax {
@@ -45,48 +40,6 @@ struct Workspace {
   Range visible[kMaxTileRows];
   Softmax split, total;
 };
-
-PYLLM_INLINE float exp2_one(float x) {
-  float lanes[kLanes];
-  store(lanes, exp2(splat(x)));
-  return lanes[0];
-}
-// What scores are measured from: the maximum, or 0 where nothing has been seen.
-PYLLM_INLINE float base_of(float maximum) { return maximum == -kInf ? 0.0f : maximum; }
-
-// Adds one row's softmax over later keys to that over earlier ones.
-PYLLM_INLINE void merge(float& maximum, float& sum, float* values, float more_maximum,
-                        float more_sum, const float* more_values, int64_t width) {
-  const float top = more_maximum > maximum ? more_maximum : maximum;
-  const float a = exp2_one(maximum - base_of(top)), b = exp2_one(more_maximum - base_of(top));
-  maximum = top;
-  sum = sum * a + more_sum * b;
-  for (int64_t i = 0; i < width; i += kLanes)
-    store(values + i, fma(load(more_values + i), splat(b), load(values + i) * splat(a)));
-}
-
-// Writes a row's result, given its softmax over all keys.
-void finish(const AttentionArgs& a, const Sequence& s, int64_t i, int64_t head, float maximum,
-            float sum, const float* values) {
-  float factor = 1.0f;
-  if (a.sinks) {
-    const float sink = a.sinks[head] * kLog2e;
-    const float top = sink > maximum ? sink : maximum;
-    factor = exp2_one(maximum - base_of(top));
-    sum = sum * factor + exp2_one(sink - base_of(top));
-    maximum = top;
-  }
-  if (a.lse)
-    a.lse[a.token(s, i) * a.q.shape[2] + head] = (maximum + __builtin_log2f(sum)) / kLog2e;
-  if (a.v_scale) factor *= a.v_scale[head / a.group()];
-  const f32x16 scale = splat(sum == 0.0f ? 0.0f : factor / sum);
-  const int64_t d = a.q.shape[3];
-  dispatch_float(a.out.dtype, [&](auto* type) {
-    using T = std::remove_pointer_t<decltype(type)>;
-    T* out = a.out.row<T>(s.b, s.q_start + i) + head * a.out.stride[2];
-    for (int64_t j = 0; j < d; j += kLanes) store_n(out + j, load(values + j) * scale, d - j);
-  });
-}
 
 // One chunk, for keys and values of type T.
 template <class T>
@@ -313,24 +266,6 @@ void attention(const AttentionArgs& a, int64_t chunk) {
     run(static_cast<int8_t*>(nullptr));
   else
     dispatch_float(a.k.dtype, run);
-}
-
-void attention_combine(const AttentionCombineArgs& args, int64_t chunk) {
-  const AttentionArgs& a = args.attention;
-  const int64_t kv_heads = a.k.shape[2], width = a.padded_dim();
-  const Sequence s = a.sequence(chunk / kv_heads);
-  if (!a.shares_splits(s)) return;
-  const Range splits = a.splits(s);
-  for (int64_t row = 0; row < s.q_len * a.group(); ++row) {
-    const int64_t i = row / a.group(), head = chunk % kv_heads * a.group() + row % a.group();
-    alignas(64) float values[kMaxHeadDim] = {};
-    float maximum = -kInf, sum = 0;
-    for (int64_t split = splits.begin; split < splits.end; ++split) {
-      const float* partial = a.partial(s, i, head, split);
-      merge(maximum, sum, values, partial[width], partial[width + 1], partial, width);
-    }
-    finish(a, s, i, head, maximum, sum, values);
-  }
 }
 
 }  // namespace pyllm::PYLLM_ISA
