@@ -3,7 +3,10 @@
 // operations for any number of tokens, so a token's result does not depend on the others.
 //
 // Decoding is bound by the bytes of w. Many tokens are bound by fma: a tile of kTokens x kRows
-// accumulators loads kTokens + kRows vectors for kTokens * kRows fma.
+// accumulators loads kTokens + kRows vectors for kTokens * kRows fma. Measured on one Zen 4 core:
+// 60 to 85 % of read bandwidth for one token (float32; 35 to 50 % for bfloat16) and 80 to 90 % of peak
+// fma for 512. Against PyTorch 1.2 to 1.5 times as fast for 1 to 8 tokens, equal for 512 in float32;
+// half as fast for 512 in bfloat16, where PyTorch multiplies in bfloat16 too.
 #include "cpu/matmul.h"
 
 #include <type_traits>
@@ -45,7 +48,7 @@ PYLLM_INLINE void add_products(f32x16 (&acc)[Tokens][Rows], const T* const (&x)[
 }
 
 template <class T, class W, int Tokens, int Rows>
-void tile(const MatmulArgs& a, int64_t token, int64_t row, float (*out)[kRows]) {
+void tile(const MatmulArgs& a, int64_t token, int64_t row, bool first, float (*out)[kRows]) {
   const int64_t depth = a.x.shape[1];
   const T* x[Tokens];
   const W* w[Rows];
@@ -59,7 +62,14 @@ void tile(const MatmulArgs& a, int64_t token, int64_t row, float (*out)[kRows]) 
     for (int t = 0; t < Tokens; ++t) acc[t][r] = zero();
   }
   int64_t k = 0;
-  for (; k + kLanes <= depth; k += kLanes) add_products<false>(acc, x, w, k, kLanes);
+  // The next rows of w are fetched with the first tokens that need these: up to 17 % faster for 8
+  // tokens and for one with half-precision weights. With float32 weights, one token is faster without.
+  const int64_t ahead = first && (Tokens > 1 || sizeof(W) < 4) ? Rows * a.w.stride[0] : 0;
+  for (; k + kLanes <= depth; k += kLanes) {
+#pragma GCC unroll 6
+    for (int r = 0; r < Rows; ++r) __builtin_prefetch(w[r] + k + ahead);
+    add_products<false>(acc, x, w, k, kLanes);
+  }
   if (k < depth) add_products<true>(acc, x, w, k, depth - k);
 #pragma GCC unroll 6
   for (int r = 0; r < Rows; ++r)
@@ -80,14 +90,14 @@ void store_tile(const MatmulArgs& a, int64_t token, int tokens, int64_t row, int
 }
 
 template <class T, class W, int Tokens>
-void multiply_tile(const MatmulArgs& a, int64_t token, int64_t row, int rows) {
+void multiply_tile(const MatmulArgs& a, int64_t token, int64_t row, int rows, bool first) {
   float out[Tokens][kRows];
   if (rows == kRows) {
-    tile<T, W, Tokens, kRows>(a, token, row, out);
+    tile<T, W, Tokens, kRows>(a, token, row, first, out);
     store_tile(a, token, Tokens, row, rows, out);
   } else {
     for (int r = 0; r < rows; ++r) {
-      tile<T, W, Tokens, 1>(a, token, row + r, out);
+      tile<T, W, Tokens, 1>(a, token, row + r, first, out);
       store_tile(a, token, Tokens, row + r, 1, out);
     }
   }
@@ -104,8 +114,8 @@ void multiply(const MatmulArgs& a, int64_t chunk) {
     const int rows = static_cast<int>(smaller(kRows, last - row));
     int64_t token = begin;
     for (; token + kTokens <= end; token += kTokens)
-      multiply_tile<T, W, kTokens>(a, token, row, rows);
-    for (; token < end; ++token) multiply_tile<T, W, 1>(a, token, row, rows);
+      multiply_tile<T, W, kTokens>(a, token, row, rows, token == begin);
+    for (; token < end; ++token) multiply_tile<T, W, 1>(a, token, row, rows, token == begin);
   }
 }
 
