@@ -14,13 +14,13 @@ constexpr int64_t kTileFloats = 6144, kMaxTileRows = 96;
 //
 // q and out are [B, S, H, D] with any strides but the last; a ragged batch has cu_seqlens_q and
 // stride[0] == 0. k and v are the same with Hkv heads, or, with a page table, caches of
-// [pages, page_size, Hkv, D]. Query i of a sequence stands at position p = i + k_len - q_len and sees
-// the keys from p - left to p + right, a side below 0 meaning no limit.
+// [pages, page_size, Hkv, D]. Query i of a sequence stands at position p = i + k_len - q_len and
+// sees the keys from p - left to p + right, a side below 0 meaning no limit.
 //
 // Whatever the integers say when a plan is replayed, nothing outside the tensors is touched.
 struct AttentionArgs {
   Tensor q, k, v, out;
-  Tensor bias;                               // [B, H, Sq, Sk], stride 0 where broadcast, or undefined
+  Tensor bias;  // [B, H, Sq, Sk], stride 0 where broadcast, or undefined
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // null: dense
   const int32_t *page_table, *context_lens;    // null: not paged
   const float *alibi_slopes, *sinks;           // [H] or null

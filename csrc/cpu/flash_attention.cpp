@@ -10,7 +10,11 @@
 // that a row does not see take no part in its sums, not even times zero.
 //
 // The floor of decoding is the bytes of the keys and values that are seen, over bandwidth; of
-// prefill 4 * D * (visible pairs) operations over the peak of float32.
+// prefill 4 * D * (visible pairs) operations over the peak of float32. On one Zen 4 core, 9 heads
+// over 3 of 64, float16 cache: decoding at depth 512 takes 30 us with the cache in L1 or L2 and 32 us
+// without, now that a block is prefetched during the one before it, so arithmetic and transposes
+// bound it and not memory; prefill of 512 runs at 71 GFLOP/s, of which sums of products are two
+// thirds of the time, weighing 15 % and the rest moves blocks.
 #include "cpu/attention_row.h"
 #include "cpu/attention_tile.h"
 
@@ -50,8 +54,11 @@ struct Tile {
   Workspace& w;
   // Values that may be read in whole vectors where they lie are; others are copied to w.values.
   const bool in_place;
-  const T* k_rows[kBlockKeys];
-  const T* v_rows[kBlockKeys];
+  // Where the keys of two blocks lie, key j at j % kFound: a block is looked up, and its memory asked
+  // for, while the one before it is worked on.
+  static constexpr int64_t kFound = 2 * kBlockKeys;
+  const T* k_rows[kFound];
+  const T* v_rows[kFound];
   const float* v_copies[kBlockKeys];
 
   int64_t query(int64_t r) const { return (first_row + r) / a.group(); }
@@ -71,15 +78,19 @@ struct Tile {
     });
   }
 
-  // Where the keys and values of a block lie.
   void find_rows(Range keys) {
     const T* k = static_cast<const T*>(a.k.data) + kv_head * a.k.stride[2];
     const T* v = static_cast<const T*>(a.v.data) + kv_head * a.v.stride[2];
-    if (!a.page_table) {
-      for (int64_t j = keys.begin; j < keys.end; ++j) {
-        k_rows[j % kBlockKeys] = k + s.b * a.k.stride[0] + (s.k_start + j) * a.k.stride[1];
-        v_rows[j % kBlockKeys] = v + s.b * a.v.stride[0] + (s.k_start + j) * a.v.stride[1];
+    const auto found = [&](int64_t j, int64_t outer, int64_t inner) {
+      k_rows[j % kFound] = k + outer * a.k.stride[0] + inner * a.k.stride[1];
+      v_rows[j % kFound] = v + outer * a.v.stride[0] + inner * a.v.stride[1];
+      for (int64_t i = 0; i < d; i += 64 / static_cast<int64_t>(sizeof(T))) {
+        __builtin_prefetch(k_rows[j % kFound] + i);
+        __builtin_prefetch(v_rows[j % kFound] + i);
       }
+    };
+    if (!a.page_table) {
+      for (int64_t j = keys.begin; j < keys.end; ++j) found(j, s.b, s.k_start + j);
       return;
     }
     const int32_t* table = a.page_table + s.b * a.page_table_stride;
@@ -87,25 +98,21 @@ struct Tile {
     int64_t at = keys.begin / page_size, slot = keys.begin % page_size;
     for (int64_t j = keys.begin; j < keys.end; ++at, slot = 0) {
       const int64_t page = AttentionArgs::clamp(table[at], 0, a.k.shape[0] - 1);
-      for (; slot < page_size && j < keys.end; ++slot, ++j) {
-        k_rows[j % kBlockKeys] = k + page * a.k.stride[0] + slot * a.k.stride[1];
-        v_rows[j % kBlockKeys] = v + page * a.v.stride[0] + slot * a.v.stride[1];
-      }
+      for (; slot < page_size && j < keys.end; ++slot, ++j) found(j, page, slot);
     }
   }
 
   void load_block(int64_t block, Range keys) {
-    find_rows(keys);
     for (int64_t g = keys.begin / kLanes * kLanes; g < keys.end; g += kLanes) {
       const T* from[kLanes];  // where nobody sees a key, one that somebody does stands in for it
       for (int64_t j = 0; j < kLanes; ++j)
-        from[j] = k_rows[AttentionArgs::clamp(g + j, keys.begin, keys.end - 1) % kBlockKeys];
+        from[j] = k_rows[AttentionArgs::clamp(g + j, keys.begin, keys.end - 1) % kFound];
       transpose_keys(from, d, w.keys + g - block);
     }
     if (in_place) return;
-    for (int64_t j = keys.begin - block; j < keys.end - block; ++j)
+    for (int64_t j = keys.begin; j < keys.end; ++j)
       for (int64_t i = 0; i < d; i += kLanes)
-        store(w.values + j * width + i, load_n(v_rows[j] + i, d - i));
+        store(w.values + (j - block) * width + i, load_n(v_rows[j % kFound] + i, d - i));
   }
 
   f32x16 load_bias(int64_t r, int64_t j, int64_t n) const {
@@ -180,20 +187,26 @@ struct Tile {
       w.split.sum[r + i] = w.split.sum[r + i] * fade[i] + sums[i];
       if (fade[i] == 1.0f) continue;
       float* values = w.split.values + (r + i) * width;
-      for (int64_t c = 0; c < width; c += kLanes) store(values + c, load(values + c) * splat(fade[i]));
+      for (int64_t c = 0; c < width; c += kLanes)
+        store(values + c, load(values + c) * splat(fade[i]));
     }
     // Together over the keys that all rows see; before and after those, each row on its own.
     if (all.begin >= all.end) all = {any.end, any.end};
-    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {w.visible[r + i].begin, smaller(all.begin, w.visible[r + i].end)});
+    for (int64_t i = 0; i < n; ++i) {
+      const Range see = w.visible[r + i];
+      add_values(r + i, 1, i, block, {see.begin, smaller(all.begin, see.end)});
+    }
     add_values(r, n, 0, block, all);
-    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
+    for (int64_t i = 0; i < n; ++i)
+      add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
   }
   void add_values(int64_t r, int64_t n, int64_t weights_row, int64_t block, Range keys) {
-    const int64_t begin = larger(keys.begin - block, 0), end = smaller(keys.end - block, kBlockKeys);
+    const int64_t begin = larger(keys.begin - block, 0);
+    const int64_t end = smaller(keys.end - block, kBlockKeys);
     const float* weights = w.weights + weights_row * kBlockKeys;
     float* out = w.split.values + r * width;
     if (in_place)
-      value_rows(weights, v_rows, begin, end, width, out, width, n);
+      value_rows(weights, v_rows + block % kFound, begin, end, width, out, width, n);
     else
       value_rows(weights, v_copies, begin, end, width, out, width, n);
   }
@@ -203,8 +216,14 @@ struct Tile {
     w.split.reset(rows, width);
     const int64_t begin = larger(seen.begin, split * kSplitKeys);
     const int64_t end = smaller(seen.end, (split + 1) * kSplitKeys);
-    for (int64_t block = begin / kBlockKeys * kBlockKeys; block < end; block += kBlockKeys) {
-      load_block(block, {larger(begin, block), smaller(end, block + kBlockKeys)});
+    const auto keys_of = [&](int64_t block) {
+      return Range{larger(begin, block), smaller(end, block + kBlockKeys)};
+    };
+    const int64_t first = begin / kBlockKeys * kBlockKeys;
+    if (first < end) find_rows(keys_of(first));
+    for (int64_t block = first; block < end; block += kBlockKeys) {
+      if (block + kBlockKeys < end) find_rows(keys_of(block + kBlockKeys));
+      load_block(block, keys_of(block));
       for (int64_t r = 0; r < rows; r += kTileRows)
         attend_rows(r, smaller(rows - r, kTileRows), block);
     }
@@ -223,7 +242,8 @@ struct Tile {
       attend_split(shared_split, seen);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = a.partial(s, query(r), head(r), shared_split);
-        for (int64_t i = 0; i < width; i += kLanes) store(to + i, load(w.split.values + r * width + i));
+        for (int64_t i = 0; i < width; i += kLanes)
+          store(to + i, load(w.split.values + r * width + i));
         to[width] = w.split.maximum[r];
         to[width + 1] = w.split.sum[r];
       }
@@ -237,7 +257,8 @@ struct Tile {
               w.split.sum[r], w.split.values + r * width, width);
     }
     for (int64_t r = 0; r < rows; ++r)
-      finish(a, s, query(r), head(r), w.total.maximum[r], w.total.sum[r], w.total.values + r * width);
+      finish(a, s, query(r), head(r), w.total.maximum[r], w.total.sum[r],
+             w.total.values + r * width);
   }
 };
 
