@@ -10,41 +10,41 @@ import time
 from pyllm import _C
 from pyllm.quant import memory
 
-ARITHMETIC = ("int8", "float32", "bfloat16")
-_buffer = None
+# what -> its name among the limits
+ARITHMETIC = {"int8": "int8_gops", "float32": "float32_gflops", "bfloat16": "bfloat16_gflops"}
 
 
 def read_bandwidth(repeats=3) -> float:
     """The best of `repeats` reads of 512 MB, in bytes per second."""
-    global _buffer
-    if _buffer is None:  # in large pages, as weights are; touched, so that they exist
-        _buffer = memory.allocate(512 << 20).fill_(1)
-    best = 0.0
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        _C.read_memory(_buffer)
-        best = max(best, _buffer.numel() / (time.perf_counter() - begin))
-    return best
+    # In large pages, as weights are; written to, so that they exist.
+    data = memory.allocate(512 << 20).fill_(1)
+    return data.numel() / min(_seconds(_C.read_memory, data)[0] for _ in range(repeats))
 
 
 def peak_arithmetic(kind, repeats=5) -> float:
     """The best of `repeats`, in operations per second; 0 if there is no instruction."""
-    best = 0.0
-    for _ in range(repeats):
-        begin = time.perf_counter()
-        operations = _C.peak_arithmetic(kind, 1_000_000)
-        best = max(best, operations / (time.perf_counter() - begin))
-    return best
+    runs = [_seconds(_C.peak_arithmetic, kind, 1_000_000) for _ in range(repeats)]
+    return max(operations / seconds for seconds, operations in runs)
 
 
-def measure() -> dict:
-    """All limits: bytes per second read, and operations per second by kind of number."""
-    return {"read": read_bandwidth(), **{kind: peak_arithmetic(kind) for kind in ARITHMETIC}}
+def measure(threads=None) -> dict:
+    """All limits: ``read_gb_per_s``, ``int8_gops``, ``float32_gflops``, ``bfloat16_gflops``."""
+    before = _C.num_threads()
+    _C.set_num_threads(threads or before)
+    try:
+        found = {"read_gb_per_s": read_bandwidth() / 1e9}
+        return found | {name: peak_arithmetic(kind) / 1e9 for kind, name in ARITHMETIC.items()}
+    finally:
+        _C.set_num_threads(before)
+
+
+def _seconds(function, *arguments):
+    begin = time.perf_counter()
+    result = function(*arguments)
+    return time.perf_counter() - begin, result
 
 
 if __name__ == "__main__":
-    limits = measure()
     print(f"{_C.isa()}, {_C.num_threads()} threads")
-    print(f"{'read':>9} {limits['read'] / 1e9:8.1f} GB/s")
-    for kind in ARITHMETIC:
-        print(f"{kind:>9} {limits[kind] / 1e9:8.1f} GOP/s")
+    for name, value in measure().items():
+        print(f"{name:>16} {value:8.1f}")

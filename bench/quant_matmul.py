@@ -84,7 +84,7 @@ if __name__ == "__main__":
     for tokens in options.tokens:
         for n, k in MODELS[options.model]:
             # The limits drift with the neighbors on the machine, so they are measured each time.
-            read, int8 = limits.read_bandwidth(1), limits.peak_arithmetic("int8", 2)
+            read, int8 = limits.read_bandwidth(1), limits.peak_arithmetic("int8", 2) or float("nan")
             time_s, spread, nbytes = measure(n, k, options.format, tokens)
             bandwidth, rate = nbytes / time_s, 2 * n * k * tokens / time_s
             print(

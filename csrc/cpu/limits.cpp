@@ -1,5 +1,5 @@
 // Sixteen independent accumulators hide the latency of any multiply-add that we know (4 or 5 cycles,
-// two a cycle) and fit in the registers of AVX-512; with AVX2 eight do.
+// two a cycle) and fit in the registers of AVX-512; of AVX2 six pairs do.
 #include "cpu/limits.h"
 
 #include "cpu/simd.h"
@@ -65,8 +65,11 @@ void repeat(const PeakArithmeticArgs& args, int64_t chunk) {
 #pragma GCC unroll 16
     for (int i = 0; i < kAccumulators; ++i) {
       acc[i] = Kind::step(acc[i], a);
+// Nor may it multiply once and add many times.
 #if defined(PYLLM_ISA_AVX512)
       asm volatile("" : "+v"(acc[i].v));
+#elif defined(PYLLM_ISA_AVX2)
+      asm volatile("" : "+x"(a.lo), "+x"(a.hi));
 #endif
     }
   f32x16 sum = acc[0];
