@@ -69,7 +69,9 @@ struct AttentionArgs {
   }
 
   // A row is one query of one head of a group, numbered query by query; a tile is so many rows.
-  PYLLM_MEMBER int64_t tile_rows() const { return clamp(kTileFloats / padded_dim() / 12 * 12, 24, kMaxTileRows); }
+  PYLLM_MEMBER int64_t tile_rows() const {
+    return clamp(kTileFloats / padded_dim() / 12 * 12, 24, kMaxTileRows);
+  }
   // A sequence of at most so many queries shares out its splits.
   PYLLM_MEMBER int64_t split_queries() const { return clamp(tile_rows() / group(), 1, 96); }
   PYLLM_MEMBER Range splits(const Sequence& s) const {

@@ -30,8 +30,8 @@ PYLLM_INLINE void merge(float& maximum, float& sum, float* values, float more_ma
 }
 
 // Writes a row's result, given its softmax over all keys.
-PYLLM_INLINE void finish(const AttentionArgs& a, const Sequence& s, int64_t i, int64_t head, float maximum,
-            float sum, const float* values) {
+PYLLM_INLINE void finish(const AttentionArgs& a, const Sequence& s, int64_t i, int64_t head,
+                         float maximum, float sum, const float* values) {
   float factor = 1.0f;
   if (a.sinks) {
     const float sink = a.sinks[head] * kLog2e;
