@@ -10,7 +10,7 @@ import time
 import pytest
 
 PYLLM = [sys.executable, "-m", "pyllm"]
-QUESTION = "What is the capital of France?"
+QUESTION = "Why is the sky blue?"
 
 
 def run(*arguments, stdin=None, timeout=120):
@@ -22,12 +22,12 @@ def run(*arguments, stdin=None, timeout=120):
 def test_generate_writes_text(smollm2):
     result = run("generate", QUESTION, "-m", smollm2)
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert "light" in result.stdout
     assert "tokens/s" in result.stderr
 
 
 def test_generate_without_a_model_name_uses_the_default(smollm2):
-    assert "Paris" in run("generate", QUESTION).stdout
+    assert "light" in run("generate", QUESTION).stdout
 
 
 def test_generate_json_and_stdin(smollm2):
@@ -41,7 +41,7 @@ def test_generate_json_and_stdin(smollm2):
 def test_chat_keeps_the_conversation(smollm2):
     result = run("chat", "-m", smollm2, stdin=f"{QUESTION}\nWhat did I ask?\n/exit\n")
     assert result.returncode == 0, result.stderr
-    assert "Paris" in result.stdout
+    assert "light" in result.stdout
     assert len(result.stdout.strip().splitlines()) >= 2
 
 

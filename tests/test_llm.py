@@ -26,8 +26,8 @@ def ids(llm):
 
 
 def test_it_writes(llm):
-    answer = llm.chat([{"role": "user", "content": "What is the capital of France?"}])
-    assert "Paris" in answer.text
+    answer = llm.chat([{"role": "user", "content": "Why is the sky blue?"}])
+    assert "light" in answer.text
     assert answer.finish_reason == "stop"
     assert answer.usage.completion_tokens == len(answer.token_ids)
 
