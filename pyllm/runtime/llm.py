@@ -147,7 +147,7 @@ class LLM:
         if not params.ignore_eos:
             stop_ids |= set(self.tokenizer.eos_ids)
         seed = random.getrandbits(63) if params.seed is None else params.seed
-        text = TextStream(self.tokenizer.stream(), params.stop_strings)
+        text = TextStream(self.tokenizer.stream(continuation=True), params.stop_strings)
         sequence = Sequence(ids, params, text, stop_ids, limit, seed)
         if params.max_new_tokens == 0:
             sequence.finish_reason = "length"
