@@ -25,17 +25,15 @@ def main(arguments=None) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    import click
-
-    if isinstance(error, click.exceptions.Abort):
+    # By what they have, not by class: newer releases of typer carry a click of their own.
+    if type(error).__name__ == "Abort":  # Ctrl-C
         return 130
-    if isinstance(error, click.exceptions.Exit):
+    if hasattr(error, "exit_code"):
+        if hasattr(error, "show"):  # a usage error
+            error.show()
         return error.exit_code
     if debug:
         raise error
-    if isinstance(error, click.ClickException):
-        error.show()
-        return error.exit_code
     print(f"error: {error or type(error).__name__}", file=sys.stderr)
     expected = isinstance(error, (ValueError, TypeError, OSError, RuntimeError, MemoryError))
     if not expected:

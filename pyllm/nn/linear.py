@@ -2,15 +2,14 @@
 
 from torch import nn
 
-from pyllm.ops import embedding, matmul, quant_matmul, quantize_activation
-from pyllm.quant import QuantActivation, QuantTensor
+from pyllm.ops import embedding, matmul, quant_matmul
+from pyllm.quant import QuantTensor
 
 
 class FusedLinear(nn.Module):
     """Several linear layers on the same input: ``x @ W_iᵀ + b_i`` for each i.
 
-    Weights of one format lie in one matrix and take one kernel call; the input is quantized once
-    for all of them.
+    Weights of one format lie in one matrix and take one kernel call.
 
     Args:
         weights: matrices ``[N, K]``, each a `QuantTensor` or a float tensor, one for each call.
@@ -24,12 +23,10 @@ class FusedLinear(nn.Module):
         self.biases = list(biases or [None] * len(self.weights))
         self.splits = splits or [[w.shape[0]] for w in self.weights]
         groups = {getattr(w, "group_size", None) for w in self.weights}
-        # What the op before may emit its result as, for all of these matrices: see `rms_norm`.
+        # The groups that the op before may quantize its result in for all of these: see `rms_norm`.
         self.quantize = groups.pop() if len(groups) == 1 else None
 
     def forward(self, x):
-        if self.quantize and not isinstance(x, QuantActivation):
-            x = quantize_activation(x, self.quantize)
         outputs = []
         for weight, bias, sizes in zip(self.weights, self.biases, self.splits, strict=True):
             multiply = quant_matmul if isinstance(weight, QuantTensor) else matmul

@@ -4,7 +4,6 @@ import torch
 
 from pyllm import _C
 from pyllm.ops.alloc import empty_like, empty_quantized
-from pyllm.ops.quant_matmul import quantize_activation
 from pyllm.ops.registry import Op
 
 _OP = Op("rms_norm")
@@ -18,8 +17,8 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, quantize=None, out=None, bac
         weight: ``[D]``, any of those dtypes.
         eps: added to the mean square.
         residual: like `x`; if given, ``x + residual`` is normalized and returned too.
-        quantize: 16 or 32: `y` is a `QuantActivation` of that group size, for `quant_matmul`;
-            x is ``[T, D]`` then.
+        quantize: the group size, 16 or 32, of a `quant_matmul` that follows. A backend that
+            multiplies in int8 returns `y` as a `QuantActivation`; x is ``[T, D]`` then.
         out: where to write the result, like `x`; not with `quantize`.
 
     Returns:
@@ -38,10 +37,7 @@ def _reference(x, weight, eps, residual, quantize, out):
     total = x if residual is None else x + residual
     exact = total.double() if x.dtype == torch.float64 else total.float()
     y = exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + eps) * weight.to(exact.dtype)
-    if quantize is not None:
-        y = quantize_activation(y, quantize, backend="reference")
-    else:
-        y = y.to(x.dtype) if out is None else out.copy_(y)
+    y = y.to(x.dtype) if out is None else out.copy_(y)
     return y if residual is None else (y, total)
 
 
