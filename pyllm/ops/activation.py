@@ -9,7 +9,6 @@ import torch.nn.functional as F
 
 from pyllm import _C
 from pyllm.ops.alloc import empty_like, empty_quantized
-from pyllm.ops.quant_matmul import quantize_activation
 from pyllm.ops.registry import Op
 from pyllm.ops.rms_norm import at_most_3d
 
@@ -25,8 +24,8 @@ def silu_mul(gate, up, *, quantize=None, out=None, backend=None):
     Args:
         gate: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
         up: like `gate`.
-        quantize: None, or the group size, 16 or 32, of a `QuantActivation` to return instead, for
-            `quant_matmul`; gate and up are ``[T, D]`` then.
+        quantize: the group size, 16 or 32, of a `quant_matmul` that follows. A backend that
+            multiplies in int8 returns a `QuantActivation`; gate and up are ``[T, D]`` then.
         out: where to write the result, like `gate`.
 
     Returns:
@@ -64,8 +63,8 @@ def gelu_mul(gate, up, approximate="none", *, quantize=None, out=None, backend=N
         gate: ``[..., D]`` float32, bfloat16 or float16; the last dimension contiguous.
         up: like `gate`.
         approximate: ``"none"`` (the error function) or ``"tanh"``, as in PyTorch.
-        quantize: None, or the group size, 16 or 32, of a `QuantActivation` to return instead, for
-            `quant_matmul`; gate and up are ``[T, D]`` then.
+        quantize: the group size, 16 or 32, of a `quant_matmul` that follows. A backend that
+            multiplies in int8 returns a `QuantActivation`; gate and up are ``[T, D]`` then.
         out: where to write the result, like `gate`.
 
     Returns:
@@ -113,10 +112,7 @@ _FUNCTIONS = {
 def _reference(kind, x, up, out, quantize=None):
     exact = torch.promote_types(x.dtype, torch.float32)
     y = _FUNCTIONS[kind](x.to(exact))
-    y = y if up is None else y * up
-    if quantize is not None:
-        return quantize_activation(y, quantize, backend="reference")
-    y = y.to(x.dtype)
+    y = (y if up is None else y * up).to(x.dtype)
     return y if out is None else out.copy_(y)
 
 
