@@ -126,9 +126,13 @@ void ThreadPool::advance(uint32_t phase, size_t index) {
     const int n_threads = n_threads_.load(std::memory_order_relaxed);
     done_.store(0, std::memory_order_relaxed);
     for (int t = 0; t < n_threads; ++t) {
-      shares_[t].end.store(n * (t + 1) / n_threads, std::memory_order_relaxed);
-      const auto first = static_cast<uint64_t>(n * t / n_threads);
-      shares_[t].next.store(uint64_t{phase} << 32 | first, std::memory_order_release);
+      // First close the share: a thread that is late by a phase may have read the old `next`, and
+      // must not find it below the new `end` and still in place.
+      Share& share = shares_[t];
+      const uint64_t tag = uint64_t{phase} << 32;
+      share.next.store(tag | 0xffffffffu, std::memory_order_relaxed);
+      share.end.store(n * (t + 1) / n_threads, std::memory_order_release);
+      share.next.store(tag | static_cast<uint64_t>(n * t / n_threads), std::memory_order_release);
     }
   } else {
     running_.store(false, std::memory_order_relaxed);
@@ -146,7 +150,7 @@ void ThreadPool::work(int thread, uint32_t phase) {
     for (;;) {
       uint64_t next = share.next.load(std::memory_order_acquire);
       const auto chunk = static_cast<int64_t>(next & 0xffffffffu);
-      if (next >> 32 != phase || chunk >= share.end.load(std::memory_order_relaxed)) break;
+      if (next >> 32 != phase || chunk >= share.end.load(std::memory_order_acquire)) break;
       if (!share.next.compare_exchange_weak(next, next + 1, std::memory_order_acquire)) continue;
       const Launch& launch = launches_[index_];
       launch.run(launch.kernel, launch.args, chunk);

@@ -1,8 +1,10 @@
 """Linear layers over quantized or plain weights."""
 
+import torch
 from torch import nn
 
 from pyllm.ops import embedding, matmul, quant_matmul
+from pyllm.ops.alloc import empty
 from pyllm.quant import QuantTensor
 
 
@@ -36,11 +38,12 @@ class FusedLinear(nn.Module):
 
 
 class Embedding(nn.Module):
-    """Rows of a matrix ``[V, D]``, a `QuantTensor` or a float tensor."""
+    """Rows of a matrix ``[V, D]``, a `QuantTensor` or a float tensor, in float32."""
 
     def __init__(self, weight):
         super().__init__()
         self.weight = weight
 
     def forward(self, token_ids):
-        return embedding(token_ids, self.weight)
+        out = empty((*token_ids.shape, self.weight.shape[1]), torch.float32)
+        return embedding(token_ids, self.weight, out=out)
