@@ -17,7 +17,7 @@ def main():
     """Measures kernels and whole models, beside their peers."""
 
 
-@app.command()
+@app.command(name="end_to_end")
 def end_to_end(
     model: Annotated[str, typer.Argument(help="A known name, a GGUF file or a directory.")] = (
         "smollm2-135m"
