@@ -7,7 +7,7 @@ policy and no sampling.
 from torch import nn
 
 from pyllm.nn import Embedding, FusedLinear, rotary_table
-from pyllm.ops import paged_attention, rope_cache, silu_mul
+from pyllm.ops import embedding, paged_attention, rope_cache, silu_mul
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -136,7 +136,7 @@ class Llama(nn.Module):
         for block, cache in zip(self.blocks, batch.layers, strict=True):
             x, residual = block(x, residual, batch, cache, self.angles)
         if batch.output_rows is not None:
-            x, residual = x[batch.output_rows], residual[batch.output_rows]
+            x, residual = embedding(batch.output_rows, x), embedding(batch.output_rows, residual)
         return self.norm(x, residual, quantize=self.head.quantize)[0]
 
     def logits(self, hidden):

@@ -1,17 +1,32 @@
 """Where ops take their outputs from: torch, or the arena of the plan being captured."""
 
+import threading
+from contextlib import contextmanager
+
 import torch
 
 from pyllm.quant import QuantActivation
 
-# Set by pyllm.runtime.graph while it captures: (shape, dtype) -> tensor whose memory the plan owns.
-_arena = None
+# Its `arena`, set by `use`, is something with ``empty(shape, dtype)``. Each thread has its own:
+# what another one allocates while a step is captured is no part of it.
+_local = threading.local()
+
+
+@contextmanager
+def use(arena):
+    """Within the block, ops take their outputs from `arena` (see `pyllm.runtime.graph.Arena`)."""
+    before, _local.arena = getattr(_local, "arena", None), arena
+    try:
+        yield
+    finally:
+        _local.arena = before
 
 
 def empty(shape, dtype: torch.dtype, device="cpu") -> torch.Tensor:
     """An uninitialized contiguous tensor."""
-    if _arena is not None:
-        return _arena.empty(shape, dtype)
+    arena = getattr(_local, "arena", None)
+    if arena is not None:
+        return arena.empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
 
 

@@ -16,7 +16,7 @@ class Batch:
         context_lens: int32 ``[B]``, tokens of each sequence including the new ones.
         page_table: int32 ``[B, max_pages]``.
         layers: for each layer ``(k_cache, v_cache)``.
-        output_rows: int64 ``[R]``, the tokens whose hidden states are wanted; None for all.
+        output_rows: int32 ``[R]``, the tokens whose hidden states are wanted; None for all.
     """
 
     token_ids: torch.Tensor

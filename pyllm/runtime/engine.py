@@ -1,12 +1,13 @@
 """The decode loop: schedule, run the model, sample, and again."""
 
+import itertools
 import time
 from threading import RLock
 
 import numpy as np
 import torch
 
-from pyllm.ops import sample
+from pyllm.ops import alloc, sample
 from pyllm.runtime.batch import Batch
 from pyllm.runtime.cache import PagedCache
 from pyllm.runtime.graph import Arena, capture
@@ -19,9 +20,8 @@ PAGE_SIZE = 32
 class Engine:
     """Runs a model over a paged cache.
 
-    A step in which every sequence decodes one token is captured once for each number of
-    sequences and replayed from then on; a step with prompt tokens in it runs the same kernels
-    eagerly.
+    Every step is captured and replayed: between two kernels no thread goes to sleep, and a step in
+    which every sequence decodes one token is captured only once for each number of sequences.
 
     Args:
         model: called with a `Batch`, returns hidden states; has ``logits``, ``prepare`` and
@@ -31,7 +31,7 @@ class Engine:
         max_tokens: tokens in one step; longer prompts are prefilled in chunks.
         cache_tokens: tokens that the cache holds for all sequences together.
         cache_dtype: of keys and values.
-        replay: False runs every step eagerly.
+        replay: False runs every step eagerly, for debugging.
     """
 
     def __init__(
@@ -78,12 +78,11 @@ class Engine:
                 if sequence.started is None:
                     sequence.started = now
             sampled = [s for s, n in work if s.n_computed + n == len(s.token_ids)]
-            self.inputs.fill(work)
+            ends = itertools.accumulate(n for _, n in work)
+            rows = [end - 1 for (s, _), end in zip(work, ends, strict=True) if s in sampled]
+            self.inputs.fill(work, rows)
             self.sampler.fill(sampled)
-            if self.replay and len(sampled) == len(work) and all(n == 1 for _, n in work):
-                logits, tokens, logprobs = self._graph(len(work)).replay()
-            else:
-                logits, tokens, logprobs = self._run(work, sampled)
+            logits, tokens, logprobs = self._run(work, rows)
             for sequence, n in work:
                 done, sequence.n_computed = sequence.n_computed, sequence.n_computed + n
                 self.cache.remember(sequence.pages, sequence.token_ids, done, sequence.n_computed)
@@ -101,34 +100,37 @@ class Engine:
                     done = sequence.n_computed
                     n = min(len(token_ids) - done, self.scheduler.max_tokens)
                     self.cache.extend(sequence.pages, done + n)
-                    self.inputs.fill([(sequence, n)])
-                    hidden = self.model(self._batch(1, n))
-                    out[done : done + n] = self.model.logits(hidden)
+                    self.inputs.fill([(sequence, n)], [])
+                    batch = self.inputs.batch(1, n, n, self.cache.layers)
+                    with alloc.use(self._arena):
+                        out[done : done + n] = self.model.logits(self.model(batch))
                     sequence.n_computed += n
             finally:
                 self.cache.release(sequence.pages)
             return out
 
-    def _batch(self, n_sequences, n_tokens, output_rows=None):
-        return self.inputs.batch(n_sequences, n_tokens, self.cache.layers, output_rows)
+    def _run(self, work, rows):
+        """Runs a step whose inputs are filled; logits, tokens and log-probabilities of `rows`."""
+        n_tokens = sum(n for _, n in work)
+        size = (len(work), n_tokens, len(rows))
+        if not self.replay:
+            with alloc.use(self._arena):
+                return self._forward(*size)
+        graph = self._graphs.get(size)
+        if graph is None:
+            graph = capture(lambda: self._forward(*size), self._arena)
+            # Decoding steps come again, and so do full chunks of a long prompt; other sizes hardly.
+            if n_tokens <= self.scheduler.max_batch or n_tokens == self.scheduler.max_tokens:
+                self._graphs[size] = graph
+        return graph.replay()
 
-    def _graph(self, n):
-        if n not in self._graphs:
-            self._graphs[n] = capture(lambda: self._forward(self._batch(n, n), n), self._arena)
-        return self._graphs[n]
-
-    def _run(self, work, sampled):
-        ends = np.cumsum([n for _, n in work]) - 1
-        rows = [end for (s, _), end in zip(work, ends, strict=True) if s in sampled]
-        rows = torch.tensor(rows, dtype=torch.int64)
-        return self._forward(self._batch(len(work), int(ends[-1]) + 1, rows), len(sampled))
-
-    def _forward(self, batch, n_sampled):
+    def _forward(self, n_sequences, n_tokens, n_rows):
+        batch = self.inputs.batch(n_sequences, n_tokens, n_rows, self.cache.layers)
         hidden = self.model(batch)
-        if n_sampled == 0:
+        if n_rows == 0:
             return None, None, None
         logits = self.model.logits(hidden)
-        return logits, *sample(logits, **self.sampler.arguments(n_sampled))
+        return logits, *sample(logits, **self.sampler.arguments(n_rows))
 
     def _take(self, sampled, logits, tokens, logprobs):
         now = time.perf_counter()
@@ -154,14 +156,16 @@ class _Inputs:
             "positions": torch.zeros(max_tokens, dtype=torch.int32),
             "cu_seqlens": torch.zeros(max_batch + 1, dtype=torch.int32),
             "context_lens": torch.zeros(max_batch, dtype=torch.int32),
+            "output_rows": torch.zeros(max_batch, dtype=torch.int32),
             "page_table": torch.zeros(max_batch, max_pages, dtype=torch.int32),
         }
         self._arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         # Which pages each row of page_table holds. A sequence's list of pages only grows.
         self._held = [([], 0)] * max_batch
 
-    def fill(self, work):
+    def fill(self, work, rows):
         a = self._arrays
+        a["output_rows"][: len(rows)] = rows
         at = 0
         for b, (sequence, n) in enumerate(work):
             begin, end = sequence.n_computed, sequence.n_computed + n
@@ -175,7 +179,7 @@ class _Inputs:
                 a["page_table"][b, : len(sequence.pages)] = sequence.pages
                 self._held[b] = sequence.pages, len(sequence.pages)
 
-    def batch(self, n_sequences, n_tokens, layers, output_rows):
+    def batch(self, n_sequences, n_tokens, n_rows, layers):
         t = self.tensors
         return Batch(
             token_ids=t["token_ids"][:n_tokens],
@@ -184,7 +188,7 @@ class _Inputs:
             context_lens=t["context_lens"][:n_sequences],
             page_table=t["page_table"][:n_sequences],
             layers=layers,
-            output_rows=output_rows,
+            output_rows=t["output_rows"][:n_rows] if n_rows < n_tokens else None,
         )
 
 

@@ -23,11 +23,11 @@ class CaptureError(RuntimeError):
 
 
 class Arena:
-    """Memory for the tensors of captured steps.
+    """Memory for the tensors of captured steps, and of eager ones, which spares them page faults.
 
-    A tensor's block is free again when its storage dies, as during eager execution; later launches
-    of the same plan may then reuse it, since a plan runs in order. Plans of one arena must not run
-    at the same time, and what one returned is valid until the next one runs.
+    A tensor's block is free again when its storage dies; later launches of the same plan may then
+    reuse it, since a plan runs in order. Plans of one arena must not run at the same time, and what
+    one returned is valid until the next one runs.
     """
 
     _ALIGN = 64
@@ -83,12 +83,10 @@ class Graph:
 @contextmanager
 def _capturing(plan, arena):
     plan.begin()
-    alloc._arena = arena
     try:
-        with _OnlyViews():
+        with alloc.use(arena), _OnlyViews():
             yield
     finally:
-        alloc._arena = None
         plan.end()
 
 
