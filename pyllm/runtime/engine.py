@@ -54,6 +54,7 @@ class Engine:
         self.replay = replay
         self._arena = Arena()
         self._graphs = {}
+        self._checked = False
         self._lock = RLock()
 
     def add(self, sequence: Sequence) -> None:
@@ -118,7 +119,9 @@ class Engine:
                 return self._forward(*size)
         graph = self._graphs.get(size)
         if graph is None:
-            graph = capture(lambda: self._forward(*size), self._arena)
+            # The code of all steps is one: the first capture checks it.
+            graph = capture(lambda: self._forward(*size), self._arena, check=not self._checked)
+            self._checked = True
             # Decoding steps come again, and so do full chunks of a long prompt; other sizes hardly.
             if n_tokens <= self.scheduler.max_batch or n_tokens == self.scheduler.max_tokens:
                 self._graphs[size] = graph

@@ -8,11 +8,11 @@ is read from the buffers that the step was captured with.
 
 import weakref
 from collections import defaultdict
-from contextlib import contextmanager
+from contextlib import nullcontext
 
 import numpy as np
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.overrides import TorchFunctionMode
 
 from pyllm import _C
 from pyllm.ops import alloc
@@ -53,26 +53,47 @@ class Arena:
         return memory[start : start + size]
 
 
-class _OnlyViews(TorchDispatchMode):
-    """Refuses every torch op that computes: it would run now and not in the replay."""
+# What may be called while capturing: questions about a tensor, and what may return a view of it.
+_QUESTIONS = {"__get__", "data_ptr", "stride", "size", "dim", "numel", "element_size"}
+_VIEWS = {
+    "__getitem__", "chunk", "expand", "flatten", "from_numpy", "narrow", "permute", "reshape",
+    "select", "split", "squeeze", "t", "transpose", "unflatten", "unsqueeze", "view",
+}  # fmt: skip
 
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        returns = function._schema.returns
-        if not returns or any(r.alias_info is None or r.alias_info.is_write for r in returns):
-            raise CaptureError(
-                f"{function} cannot be recorded in a plan: expected only pyllm's ops and views of "
-                "their outputs while capturing"
-            )
-        return function(*args, **(kwargs or {}))
+
+class _OnlyViews(TorchFunctionMode):
+    """Refuses every torch function that computes: it would run now and not in the replay."""
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        name = getattr(function, "__name__", str(function))
+        if name not in _QUESTIONS | _VIEWS:
+            self._refuse(name)
+        result = function(*args, **(kwargs or {}))
+        if name in _VIEWS and name != "from_numpy":
+            source = args[0].untyped_storage().data_ptr()
+            for part in result if isinstance(result, (tuple, list)) else [result]:
+                if part.numel() and part.untyped_storage().data_ptr() != source:
+                    self._refuse(f"{name}, which had to copy,")
+        return result
+
+    def _refuse(self, what):
+        raise CaptureError(
+            f"{what} cannot be recorded in a plan: expected only pyllm's ops and views of their "
+            "outputs while capturing"
+        )
 
 
 class Graph:
     """One captured step: `outputs` is what the step returned, rewritten by every `replay`."""
 
-    def __init__(self, step, arena: Arena):
+    def __init__(self, step, arena: Arena, check: bool):
         self.plan = _C.Plan()
-        with _capturing(self.plan, arena):
-            self.outputs = step()
+        self.plan.begin()
+        try:
+            with alloc.use(arena), _OnlyViews() if check else nullcontext():
+                self.outputs = step()
+        finally:
+            self.plan.end()
 
     def replay(self):
         """Runs the step on what its input buffers hold now."""
@@ -80,16 +101,13 @@ class Graph:
         return self.outputs
 
 
-@contextmanager
-def _capturing(plan, arena):
-    plan.begin()
-    try:
-        with alloc.use(arena), _OnlyViews():
-            yield
-    finally:
-        plan.end()
+def capture(step, arena: Arena, *, check=True) -> Graph:
+    """Captures ``step()``, which is not run.
 
+    Args:
+        check: False saves time where the same code was captured before.
 
-def capture(step, arena: Arena) -> Graph:
-    """Captures ``step()``, which is not run. Raises `CaptureError` if it cannot be recorded."""
-    return Graph(step, arena)
+    Raises:
+        CaptureError: if the step does something that cannot be recorded.
+    """
+    return Graph(step, arena, check)
