@@ -7,6 +7,8 @@ import importlib
 
 __version__ = "0.1.0"
 
+DEFAULT_MODEL = "smollm2-135m"
+
 _LAZY = {
     "_C": "pyllm._C",
     "LLM": "pyllm.runtime.llm",

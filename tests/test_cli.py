@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
@@ -84,7 +85,7 @@ def test_debug_shows_the_traceback(smollm2):
 
 def test_ctrl_c_stops_cleanly(smollm2):
     process = subprocess.Popen(
-        [*PYLLM, "generate", "Count to ten thousand.", "-m", str(smollm2), "-n", "4000", "--raw"],
+        [*PYLLM, "generate", "Count to ten thousand.", "-m", str(smollm2), "-n", "4000", "--ignore-eos"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.read(1)
@@ -93,3 +94,17 @@ def test_ctrl_c_stops_cleanly(smollm2):
     _, errors = process.communicate(timeout=30)
     assert process.returncode == 130
     assert "Traceback" not in errors
+
+
+def test_the_command_of_the_readme(smollm2):
+    """The last part of the README's first command, as a newcomer types it, in a shell."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    command = readme.split("<!-- generate command -->\n```sh\n")[1].split("\n```")[0]
+    assert command.startswith("python3 -m venv .venv && . .venv/bin/activate && pip install")
+    generate = command.rsplit("&& pyllm ", 1)[1]
+    result = subprocess.run(
+        f"{sys.executable} -m pyllm {generate}", shell=True, capture_output=True, text=True,
+        timeout=120,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stderr
+    assert len(result.stdout.split()) > 20

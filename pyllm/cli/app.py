@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from pyllm import DEFAULT_MODEL
+
 app = typer.Typer(
     no_args_is_help=True,
     add_completion=False,
@@ -32,8 +34,6 @@ RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 discourages repet
 Seed = Annotated[int | None, typer.Option(help="Of the random generator.")]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 
-DEFAULT_MODEL = "smollm2-135m"
-
 
 @app.command()
 def generate(
@@ -49,6 +49,7 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of the text.")] = False,
     max_context: MaxContext = None,
     quantize: Quantize = None,
     as_json: Json = False,
@@ -63,7 +64,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
-        "stop_strings": tuple(stop or ()),
+        "stop_strings": tuple(stop or ()), "ignore_eos": ignore_eos,
     }  # fmt: skip
     llm = _load(model, params, max_context=max_context, quantize=quantize)
     if raw or not llm.tokenizer.chat_template:

@@ -91,12 +91,19 @@ def _text(key, value) -> str:
         rest = ", ".join(f"{k} {v}" for k, v in value.items() if k != "bytes")
         return _bytes(value["bytes"]) + (f" ({rest})" if rest else "")
     if key == "kernels":
-        return "\n".join(
-            f"{op}: {k['backend']}"
-            + "".join(f"\n  not {backend}: {why}" for backend, why in k["refused"].items())
-            for op, k in value.items()
-        )
+        return _kernels(value)
     return "\n".join(f"{k}: {_text('', v)}" for k, v in value.items())
+
+
+def _kernels(kernels) -> str:
+    """The ops by backend, then each reason to refuse one with the ops that it holds for."""
+    lines = defaultdict(list)
+    for op, kernel in kernels.items():
+        lines[kernel["backend"]].append(op)
+        for backend, why in kernel["refused"].items():
+            lines[f"not {backend}, because {why}"].append(op)
+    every = list(kernels)
+    return "\n".join(f"{k}: {'all' if v == every else ', '.join(v)}" for k, v in lines.items())
 
 
 def _bytes(n: int) -> str:

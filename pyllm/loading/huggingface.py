@@ -4,13 +4,12 @@ The safetensors format: https://huggingface.co/docs/safetensors (a length, a JSO
 tensors' bytes end to end). Pickled weights are refused: loading a pickle runs code.
 """
 
-import json
 import math
-from collections import Counter
 from pathlib import Path
 
 from .checkpoint import Checkpoint, MappedFile, TensorInfo
 from .errors import LoadError
+from .json_object import parse_object, read_json
 
 # dtype in the header -> bits of an element
 DTYPES = {
@@ -39,35 +38,6 @@ MAX_HEADER = 100_000_000  # bytes, the limit of the format's own library
 MAX_DIMS = 16
 
 INDEX = "model.safetensors.index.json"
-
-
-def read_json(path, what="a JSON object"):
-    """The object in a JSON file; LoadError if it is not one."""
-    try:
-        return parse_object(path, Path(path).read_bytes(), what)
-    except OSError as error:
-        raise LoadError(path, f"expected {what}: {error.strerror}") from None
-
-
-def parse_object(path, data, what):
-    """A JSON object from bytes. A key that occurs twice is an error, not silently the last."""
-
-    def unique(pairs):
-        result = dict(pairs)
-        if len(result) != len(pairs):
-            twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
-            raise LoadError(path, f"expected {what}, the key {twice!r} occurs twice")
-        return result
-
-    try:
-        value = json.loads(data, object_pairs_hook=unique)
-    except LoadError:
-        raise
-    except (ValueError, RecursionError) as error:
-        raise LoadError(path, f"expected {what}: {error}") from None
-    if not isinstance(value, dict):
-        raise LoadError(path, f"expected {what}, got a {type(value).__name__}")
-    return value
 
 
 def _is_size(value):

@@ -14,7 +14,7 @@ from typing import NamedTuple
 
 from . import chat
 from .errors import LoadError
-from .huggingface import read_json
+from .json_object import read_json
 
 
 def _byte_alphabet():

@@ -55,7 +55,7 @@ class Op:
         if devices is not None and device_type not in devices:
             return f"it reads tensors on {' or '.join(devices)}, these are on {device_type}"
         if backend not in self.backends:
-            return f"this build has no {backend} kernel for {self.name}"
+            return f"this build has no {backend} kernel of it"
         return None
 
     def choose(self, device_type: str, backend: str | None = None) -> str:

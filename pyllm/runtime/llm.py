@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
+from pyllm import DEFAULT_MODEL
 from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
 from pyllm.runtime.engine import Engine
@@ -13,7 +14,6 @@ from pyllm.runtime.sampling import SamplingParams
 from pyllm.runtime.sequence import Completion, Sequence
 from pyllm.runtime.text import TextStream
 
-DEFAULT_MODEL = "smollm2-135m"
 # Contexts longer than this are had by asking: the cache and the rotary table grow with them.
 _DEFAULT_CONTEXT = 8192
 _CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
