@@ -85,7 +85,7 @@ def test_debug_shows_the_traceback(smollm2):
 
 def test_ctrl_c_stops_cleanly(smollm2):
     process = subprocess.Popen(
-        [*PYLLM, "generate", "Count to ten thousand.", "-m", str(smollm2), "-n", "4000", "--ignore-eos"],
+        [*PYLLM, "generate", "Count!", "-m", str(smollm2), "-n", "4000", "--ignore-eos"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
     assert process.stdout.read(1)

@@ -4,14 +4,15 @@
 namespace pyllm {
 namespace {
 
-// Several chunks a thread, so that they balance, each of panels that stay in L2 while the tokens pass.
-// Where there are too few panels for that, tokens are divided too.
+// Several chunks a thread, so that they balance, each of panels that stay in L2 while the tokens
+// pass. Where there are too few panels for that, tokens are divided too.
 QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
   constexpr int64_t kCache = 512 * 1024, kPerThread = 6, kTile = 12;
   const int64_t tokens = q.shape[0], wanted = kPerThread * ThreadPool::get().size();
   const int64_t fit = std::max<int64_t>(kCache / w.panel_bytes(), 1);
   QuantMatmulArgs a{q, bias, y, w, 1, tokens};
-  a.panels_per_chunk = std::clamp<int64_t>(w.panels() / wanted, 1, tokens > kTile ? fit : w.panels());
+  a.panels_per_chunk =
+      std::clamp<int64_t>(w.panels() / wanted, 1, tokens > kTile ? fit : w.panels());
   const int64_t blocks = std::max<int64_t>(wanted / a.panel_chunks(), 1);
   a.tokens_per_chunk = std::max<int64_t>((tokens / blocks + kTile - 1) / kTile * kTile, kTile);
   return a;
@@ -66,13 +67,15 @@ QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_
   c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
   c.require(group_size == 16 || group_size == 32,
             "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
-  c.require(n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
-            "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
-                std::to_string(n) + ", " + std::to_string(k) + "]");
+  c.require(
+      n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
+      "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
+          std::to_string(n) + ", " + std::to_string(k) + "]");
   const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
-  c.require(packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
-                packed.stride[0] == 1,
-            "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
+  c.require(
+      packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
+          packed.stride[0] == 1,
+      "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
   return w;
 }
 

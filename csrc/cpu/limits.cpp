@@ -1,5 +1,5 @@
-// Sixteen independent accumulators hide the latency of any multiply-add that we know (4 or 5 cycles,
-// two a cycle) and fit in the registers of AVX-512; of AVX2 six pairs do.
+// Sixteen independent accumulators hide the latency of any multiply-add that we know (4 or 5
+// cycles, two a cycle) and fit in the registers of AVX-512; of AVX2 six pairs do.
 #include "cpu/limits.h"
 
 #include "cpu/simd.h"

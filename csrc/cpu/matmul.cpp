@@ -4,9 +4,9 @@
 //
 // Decoding is bound by the bytes of w. Many tokens are bound by fma: a tile of kTokens x kRows
 // accumulators loads kTokens + kRows vectors for kTokens * kRows fma. Measured on one Zen 4 core:
-// 60 to 85 % of read bandwidth for one token (float32; 35 to 50 % for bfloat16) and 80 to 90 % of peak
-// fma for 512. Against PyTorch 1.2 to 1.5 times as fast for 1 to 8 tokens, equal for 512 in float32;
-// half as fast for 512 in bfloat16, where PyTorch multiplies in bfloat16 too.
+// 60 to 85 % of read bandwidth for one token (float32; 35 to 50 % for bfloat16) and 80 to 90 % of
+// peak fma for 512. Against PyTorch 1.2 to 1.5 times as fast for 1 to 8 tokens, equal for 512 in
+// float32; half as fast for 512 in bfloat16, where PyTorch multiplies in bfloat16 too.
 #include "cpu/matmul.h"
 
 #include <type_traits>
@@ -63,7 +63,8 @@ void tile(const MatmulArgs& a, int64_t token, int64_t row, bool first, float (*o
   }
   int64_t k = 0;
   // The next rows of w are fetched with the first tokens that need these: up to 17 % faster for 8
-  // tokens and for one with half-precision weights. With float32 weights, one token is faster without.
+  // tokens and for one with half-precision weights. With float32 weights, one token is faster
+  // without.
   const int64_t ahead = first && (Tokens > 1 || sizeof(W) < 4) ? Rows * a.w.stride[0] : 0;
   for (; k + kLanes <= depth; k += kLanes) {
 #pragma GCC unroll 6

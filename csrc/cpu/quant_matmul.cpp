@@ -1,12 +1,12 @@
 // The floor: for one token the bytes of w over the bandwidth; for many, one vpdpbusd for 64 int8
-// multiplications, and beside every eight of those a multiplication and one or two fma for the scale
-// and the minimum, which bounds us at 80 or 73 % of the peak of vpdpbusd.
+// multiplications, and beside every eight of those a multiplication and one or two fma for the
+// scale and the minimum, which bounds us at 80 or 73 % of the peak of vpdpbusd.
 //
 // One loop serves both, so a token's result does not depend on how many others come with it: up to
-// kMaxTile tokens stay in L1 while the panels of the chunk pass, first from memory, then from L2. (Of
-// the two ways to nest the loops this one also writes y in order.) Measured on one Zen 4 core: 97 % of
-// read bandwidth for one token, 65 % of peak int8 for 8 (weights in memory), 67 to 72 % for 512. What
-// helped most for one token was memory in large pages, and what did not was to prefetch.
+// kMaxTile tokens stay in L1 while the panels of the chunk pass, first from memory, then from L2.
+// (Of the two ways to nest the loops this one also writes y in order.) Measured on one Zen 4 core:
+// 97 % of read bandwidth for one token, 65 % of peak int8 for 8 (weights in memory), 67 to 72 % for
+// 512. What helped most for one token was memory in large pages, and what did not was to prefetch.
 #include "cpu/quant_matmul.h"
 
 #include <type_traits>
@@ -26,7 +26,8 @@ PYLLM_INLINE void list_tiles(Tile* tiles) {
 }
 
 template <class T>
-void store_tile(const QuantMatmulArgs& a, int64_t token, int tokens, int64_t n, float (*acc)[kLanes]) {
+void store_tile(const QuantMatmulArgs& a, int64_t token, int tokens, int64_t n,
+                float (*acc)[kLanes]) {
   const int64_t width = a.w.n - n;
   const f32x16 bias = a.bias.defined() ? load_n(a.bias.as<float>() + n, width) : zero();
   for (int t = 0; t < tokens; ++t) {
@@ -65,12 +66,16 @@ void multiply(const QuantMatmulArgs& a, int64_t chunk) {
 void quant_matmul(const QuantMatmulArgs& a, int64_t chunk) {
   const bool minimum = a.w.has_minimum;
   if (a.w.bits == 4 && a.w.group_size == 32)
-    return minimum ? multiply<Format<4, 32, true>>(a, chunk) : multiply<Format<4, 32, false>>(a, chunk);
+    return minimum ? multiply<Format<4, 32, true>>(a, chunk)
+                   : multiply<Format<4, 32, false>>(a, chunk);
   if (a.w.bits == 4)
-    return minimum ? multiply<Format<4, 16, true>>(a, chunk) : multiply<Format<4, 16, false>>(a, chunk);
+    return minimum ? multiply<Format<4, 16, true>>(a, chunk)
+                   : multiply<Format<4, 16, false>>(a, chunk);
   if (a.w.group_size == 32)
-    return minimum ? multiply<Format<8, 32, true>>(a, chunk) : multiply<Format<8, 32, false>>(a, chunk);
-  return minimum ? multiply<Format<8, 16, true>>(a, chunk) : multiply<Format<8, 16, false>>(a, chunk);
+    return minimum ? multiply<Format<8, 32, true>>(a, chunk)
+                   : multiply<Format<8, 32, false>>(a, chunk);
+  return minimum ? multiply<Format<8, 16, true>>(a, chunk)
+                 : multiply<Format<8, 16, false>>(a, chunk);
 }
 
 }  // namespace pyllm::PYLLM_ISA

@@ -57,7 +57,8 @@ void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
 #pragma GCC unroll 12
   for (int t = 0; t < MR; ++t) acc[t] = zero();
   const uint8_t* q = x.data;
-  for (int64_t g = x.layout.groups(); g > 0; --g, panel += F::group_bytes, q += F::group_size, scale += 4) {
+  for (int64_t g = x.layout.groups(); g > 0;
+       --g, panel += F::group_bytes, q += F::group_size, scale += 4) {
     __m512i dot[MR];
     // For one token the processor's own prefetching is better (measured).
     if constexpr (MR >= 4)
@@ -79,13 +80,15 @@ void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
       const __m512i low = F::bits == 4 ? _mm512_and_si512(w, nibble) : w;
 #pragma GCC unroll 12
       for (int t = 0; t < MR; ++t)
-        dot[t] = _mm512_dpbusd_epi32(dot[t], low, _mm512_set1_epi32(word_at(q + t * x.stride + 4 * v)));
+        dot[t] =
+            _mm512_dpbusd_epi32(dot[t], low, _mm512_set1_epi32(word_at(q + t * x.stride + 4 * v)));
       if constexpr (F::bits == 4) {
         const __m512i high = _mm512_and_si512(_mm512_srli_epi16(w, 4), nibble);
 #pragma GCC unroll 12
         for (int t = 0; t < MR; ++t)
           dot[t] = _mm512_dpbusd_epi32(
-              dot[t], high, _mm512_set1_epi32(word_at(q + t * x.stride + 4 * v + F::group_size / 2)));
+              dot[t], high,
+              _mm512_set1_epi32(word_at(q + t * x.stride + 4 * v + F::group_size / 2)));
       }
     }
     const f32x16 d = load(reinterpret_cast<const f16*>(panel));
@@ -112,7 +115,8 @@ constexpr int kMaxTile = 4;
 // < 2^15); for 8 bits the quants are made signed and their sign is moved to the activations
 // (2 * 128 * 127 < 2^15), and every pair is widened at once.
 template <class F, int MR>
-PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half, float (*out)[kLanes]) {
+PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half,
+                            float (*out)[kLanes]) {
   const uint8_t* scale = x.data + x.layout.scale_at();
   const int64_t sum_at = 4 * x.layout.groups(), correction_at = 8 * x.layout.groups();
   const __m256i ones = _mm256_set1_epi16(1);
@@ -121,7 +125,8 @@ PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half, fl
   for (int t = 0; t < MR; ++t) acc[t] = _mm256_setzero_ps();
   const uint8_t* q = x.data;
   panel += 16 * half;
-  for (int64_t g = x.layout.groups(); g > 0; --g, panel += F::group_bytes, q += F::group_size, scale += 4) {
+  for (int64_t g = x.layout.groups(); g > 0;
+       --g, panel += F::group_bytes, q += F::group_size, scale += 4) {
     __m256i dot[MR];
 #pragma GCC unroll 4
     for (int t = 0; t < MR; ++t) dot[t] = _mm256_setzero_si256();
@@ -136,12 +141,15 @@ PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half, fl
 #pragma GCC unroll 4
         for (int t = 0; t < MR; ++t) {
           const uint8_t* p = q + t * x.stride + 4 * v;
-          dot[t] = _mm256_add_epi16(dot[t], _mm256_maddubs_epi16(low, _mm256_set1_epi32(word_at(p))));
+          dot[t] =
+              _mm256_add_epi16(dot[t], _mm256_maddubs_epi16(low, _mm256_set1_epi32(word_at(p))));
           dot[t] = _mm256_add_epi16(
-              dot[t], _mm256_maddubs_epi16(high, _mm256_set1_epi32(word_at(p + F::group_size / 2))));
+              dot[t],
+              _mm256_maddubs_epi16(high, _mm256_set1_epi32(word_at(p + F::group_size / 2))));
         }
       } else {
-        const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128)), magnitude = _mm256_abs_epi8(s);
+        const __m256i s = _mm256_xor_si256(w, _mm256_set1_epi8(-128)),
+                      magnitude = _mm256_abs_epi8(s);
 #pragma GCC unroll 4
         for (int t = 0; t < MR; ++t) {
           const __m256i y = _mm256_set1_epi32(word_at(q + t * x.stride + 4 * v));
@@ -166,7 +174,8 @@ PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half, fl
       const __m256 m = load8(reinterpret_cast<const f16*>(panel + 32));
 #pragma GCC unroll 4
       for (int t = 0; t < MR; ++t)
-        acc[t] = _mm256_fmadd_ps(m, _mm256_set1_ps(float_at(scale + sum_at + t * x.stride)), acc[t]);
+        acc[t] =
+            _mm256_fmadd_ps(m, _mm256_set1_ps(float_at(scale + sum_at + t * x.stride)), acc[t]);
     }
   }
 #pragma GCC unroll 4
@@ -209,7 +218,8 @@ void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
       for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(dot[i]);
       f32x16 acc = fma(exact, d * splat(float_at(scale)), load(out[t]));
       if constexpr (F::minimum)
-        acc = fma(load(reinterpret_cast<const f16*>(panel + 32)), splat(float_at(scale + 4 * groups)), acc);
+        acc = fma(load(reinterpret_cast<const f16*>(panel + 32)),
+                  splat(float_at(scale + 4 * groups)), acc);
       store(out[t], acc);
     }
   }
