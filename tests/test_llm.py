@@ -168,3 +168,23 @@ def test_bad_input(llm):
         llm.chat([{"role": "wizard", "content": "hello"}])
     with pytest.raises(ValueError, match="max_context: expected 1 to 8192"):
         LLM(llm.path, max_context=9000)
+
+
+def test_the_reference_backend_writes_too(smollm2, llm, ids):
+    """In plain PyTorch: the same answer, unless rounding decides between two tokens."""
+    reference = LLM(smollm2, max_context=128, backend="reference")
+    with pytest.raises(ValueError, match="backend: expected one of reference, cpu"):
+        LLM(smollm2, backend="fpga")
+    ours = llm.generate(ids[0], max_new_tokens=3, logprobs=0)
+    theirs = reference.generate(ids[0], max_new_tokens=3, logprobs=0)
+    assert theirs.token_ids[0] == ours.token_ids[0]
+    assert abs(theirs.logprobs[0].logprob - ours.logprobs[0].logprob) < 0.1
+
+
+def test_progress_ends_at_the_whole(smollm2):
+    seen = []
+    LLM(smollm2, max_context=64, progress=lambda done, total: seen.append((done, total)))
+    done, total = zip(*seen, strict=True)
+    assert list(done) == sorted(done)
+    assert len(set(total)) == 1
+    assert 0.99 < done[-1] / total[-1] <= 1

@@ -2,6 +2,8 @@
 
 import json
 import sys
+import time
+from contextlib import contextmanager
 from typing import Annotated
 
 import typer
@@ -150,7 +152,32 @@ def _load(model, params, **options):
     from pyllm.runtime.sampling import SamplingParams
 
     SamplingParams.from_arguments(params)  # a bad value is told before a model is fetched
-    return LLM(model, **options)
+    with _progress_bar("loading") as progress:
+        return LLM(model, progress=progress, **options)
+
+
+@contextmanager
+def _progress_bar(what):
+    """A bar on a terminal, for what takes longer than a moment; rich is imported only then."""
+    begin, bar, task = time.monotonic(), None, None
+
+    def update(done, total):
+        nonlocal bar, task
+        if bar is None and sys.stderr.isatty() and time.monotonic() - begin > 1:
+            from rich.console import Console
+            from rich.progress import Progress
+
+            bar = Progress(console=Console(stderr=True), transient=True)
+            task = bar.add_task(what, total=total)
+            bar.start()
+        if bar is not None:
+            bar.update(task, completed=done)
+
+    try:
+        yield update
+    finally:
+        if bar is not None:
+            bar.stop()
 
 
 def _print_usage(usage):

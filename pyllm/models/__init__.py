@@ -11,12 +11,13 @@ __all__ = ["DecoderConfig", "ModelError", "build", "describe"]
 FAMILIES = [(llama, llama.Llama)]
 
 
-def build(checkpoint, *, quantize=None):
+def build(checkpoint, *, quantize=None, progress=None):
     """The model of a checkpoint, its weights loaded and packed.
 
     Args:
         checkpoint: from `pyllm.loading.open_checkpoint`.
         quantize: None, ``"int8"`` or ``"int4"``: round unquantized matrices.
+        progress: called with ``(bytes done, bytes in all)`` after each matrix.
 
     Raises:
         ModelError: if the architecture or one of its options is not supported, or a tensor is
@@ -24,7 +25,7 @@ def build(checkpoint, *, quantize=None):
     """
     family, model = _family(checkpoint)
     config = describe(checkpoint)
-    return model(config, Weights(checkpoint, family, quantize)).eval()
+    return model(config, Weights(checkpoint, family, quantize, progress)).eval()
 
 
 def describe(checkpoint) -> DecoderConfig:

@@ -1,5 +1,7 @@
 """Finds a model's tensors in a checkpoint, checks their shapes, and packs them for the kernels."""
 
+import copy
+
 import torch
 
 from pyllm.models.config import ModelError
@@ -17,17 +19,22 @@ class Weights:
     second copy of more than one tensor.
     """
 
-    def __init__(self, checkpoint, family, quantize=None, layer=None):
+    def __init__(self, checkpoint, family, quantize=None, progress=None):
         if quantize not in _QUANTIZE:
             raise ValueError(f"quantize: expected None, 'int8' or 'int4', got {quantize!r}")
         self._checkpoint = checkpoint
         self._family = family
         self._quantize = quantize
-        self._layer = layer
+        self._layer = None
+        self._progress = progress
+        # One list for all layers' views of this: bytes done, bytes in all.
+        self._bytes = [0, sum(t.nbytes for t in checkpoint.tensors.values())]
 
     def layer(self, i: int) -> "Weights":
         """The same with ``{i}`` filled in."""
-        return Weights(self._checkpoint, self._family, self._quantize, i)
+        view = copy.copy(self)
+        view._layer = i
+        return view
 
     def has(self, name: str) -> bool:
         """Whether the checkpoint has this tensor."""
@@ -100,6 +107,9 @@ class Weights:
                 weight = QuantTensor.from_gguf_rows(raw, kind, infos[0].shape[1])
             except ValueError as error:
                 raise ModelError(f"{infos[0].name}: {error}") from error
+        self._bytes[0] += sum(info.nbytes for info in infos)
+        if self._progress:
+            self._progress(*self._bytes)
         if isinstance(weight, QuantTensor) or len(infos) > 1:
             for info in infos:
                 checkpoint.release(info.name)

@@ -1,11 +1,14 @@
 """Which backend serves a call.
 
-The choice, in this order: the ``backend=`` argument, ``PYLLM_BACKEND``, then `RULES`. A backend
-that was asked for and cannot serve raises `BackendError`; nothing falls back silently.
+The choice, in this order: the ``backend=`` argument, a `use` block, ``PYLLM_BACKEND``, then
+`RULES`. A backend that was asked for and cannot serve raises `BackendError`; nothing falls back
+silently.
 """
 
 import os
+import threading
 from collections.abc import Callable
+from contextlib import contextmanager
 
 import torch
 
@@ -24,6 +27,24 @@ DEVICES = {
     "triton": ("cuda",),
     "emulator": ("cpu",),
 }
+
+
+_local = threading.local()
+
+
+@contextmanager
+def use(backend: str | None):
+    """Within the block, this thread's calls go to `backend` unless they name one themselves."""
+    before, _local.backend = getattr(_local, "backend", None), backend
+    try:
+        yield
+    finally:
+        _local.backend = before
+
+
+def default_backend() -> str | None:
+    """The backend of calls that name none, or None where `RULES` decide."""
+    return getattr(_local, "backend", None) or os.environ.get("PYLLM_BACKEND")
 
 
 class BackendError(RuntimeError):
@@ -60,7 +81,7 @@ class Op:
 
     def choose(self, device_type: str, backend: str | None = None) -> str:
         """The name of the backend that serves, see the module's docstring."""
-        asked = backend or os.environ.get("PYLLM_BACKEND")
+        asked = backend or default_backend()
         if asked:
             why = self.refusal(asked, device_type)
             if why:

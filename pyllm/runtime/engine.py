@@ -7,7 +7,7 @@ from threading import RLock
 import numpy as np
 import torch
 
-from pyllm.ops import alloc, sample
+from pyllm.ops import alloc, registry, sample
 from pyllm.runtime.batch import Batch
 from pyllm.runtime.cache import PagedCache
 from pyllm.runtime.graph import Arena, capture
@@ -32,11 +32,14 @@ class Engine:
         cache_tokens: tokens that the cache holds for all sequences together.
         cache_dtype: of keys and values.
         replay: False runs every step eagerly, for debugging.
+        backend: of all ops, see `pyllm.ops.registry`. The reference runs eagerly: what PyTorch
+            computes cannot be captured.
     """
 
     def __init__(
         self, model, *, max_context, max_batch=8, max_tokens=512, cache_tokens=None,
         cache_dtype=torch.float16, page_size=PAGE_SIZE, replay=True,
+        backend=None,
     ):  # fmt: skip
         self.model = model
         self.max_context = max_context
@@ -51,7 +54,8 @@ class Engine:
         self.scheduler = Scheduler(self.cache, max_batch, max(max_tokens, max_batch))
         self.inputs = _Inputs(max_batch, self.scheduler.max_tokens, pages)
         self.sampler = _SamplerInputs(max_batch, max_context, c.vocab_size)
-        self.replay = replay
+        self.backend = backend or registry.default_backend()
+        self.replay = replay and self.backend != "reference"
         self._arena = Arena()
         self._graphs = {}
         self._checked = False
@@ -103,7 +107,7 @@ class Engine:
                     self.cache.extend(sequence.pages, done + n)
                     self.inputs.fill([(sequence, n)], [])
                     batch = self.inputs.batch(1, n, n, self.cache.layers)
-                    with alloc.use(self._arena):
+                    with alloc.use(self._arena), registry.use(self.backend):
                         out[done : done + n] = self.model.logits(self.model(batch))
                     sequence.n_computed += n
             finally:
@@ -129,11 +133,12 @@ class Engine:
 
     def _forward(self, n_sequences, n_tokens, n_rows):
         batch = self.inputs.batch(n_sequences, n_tokens, n_rows, self.cache.layers)
-        hidden = self.model(batch)
-        if n_rows == 0:
-            return None, None, None
-        logits = self.model.logits(hidden)
-        return logits, *sample(logits, **self.sampler.arguments(n_rows))
+        with registry.use(self.backend):
+            hidden = self.model(batch)
+            if n_rows == 0:
+                return None, None, None
+            logits = self.model.logits(hidden)
+            return logits, *sample(logits, **self.sampler.arguments(n_rows))
 
     def _take(self, sampled, logits, tokens, logprobs):
         now = time.perf_counter()

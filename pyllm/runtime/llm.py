@@ -9,6 +9,7 @@ import torch
 from pyllm import DEFAULT_MODEL
 from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
+from pyllm.ops.registry import BACKENDS
 from pyllm.runtime.engine import Engine
 from pyllm.runtime.sampling import SamplingParams
 from pyllm.runtime.sequence import Completion, Sequence
@@ -38,7 +39,8 @@ class LLM:
         quantize: None keeps the weights as they are in the file; ``"int8"`` or ``"int4"`` rounds
             unquantized matrices to that many bits in groups of 32.
         backend: of all ops; None chooses, see `pyllm.ops.registry`.
-        replay: False runs every decoding step from Python, for debugging; the text is the same.
+        replay: False runs every step from Python, for debugging; the text is the same.
+        progress: called with ``(bytes done, bytes in all)`` while weights are loaded.
 
     Raises:
         ValueError: if the file is damaged, or needs something that this version has not.
@@ -46,18 +48,18 @@ class LLM:
 
     def __init__(
         self, model=DEFAULT_MODEL, *, device=None, dtype=None, max_context=None, max_batch=8,
-        max_tokens=512, quantize=None, backend=None, replay=True,
+        max_tokens=512, quantize=None, backend=None, replay=True, progress=None,
     ):  # fmt: skip
         if device not in (None, "cpu"):
             raise ValueError(f"device: expected 'cpu' (this version has no other), got {device!r}")
         cache_dtype = str(dtype or "float16").removeprefix("torch.")
         if cache_dtype not in _CACHE_DTYPES:
             raise ValueError(f"dtype: expected {' or '.join(_CACHE_DTYPES)}, got {dtype!r}")
-        if backend is not None:
-            raise ValueError("backend: set PYLLM_BACKEND to run every op on one backend")
+        if backend not in (None, *BACKENDS):
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         self.path = resolve(model)
         self.checkpoint = open_checkpoint(self.path)
-        self.model = build(self.checkpoint, quantize=quantize)
+        self.model = build(self.checkpoint, quantize=quantize, progress=progress)
         limit = self.model.config.max_context
         self.max_context = (
             default_context(self.model.config) if max_context is None else max_context
@@ -69,7 +71,7 @@ class LLM:
         self.engine = Engine(
             self.model, max_context=self.max_context, max_batch=max_batch, max_tokens=max_tokens,
             cache_tokens=self.max_context * min(max_batch, 8),
-            cache_dtype=_CACHE_DTYPES[cache_dtype], replay=replay,
+            cache_dtype=_CACHE_DTYPES[cache_dtype], replay=replay, backend=backend,
         )  # fmt: skip
 
     @property
