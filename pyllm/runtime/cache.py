@@ -6,10 +6,10 @@ the same tokens (the next turn of a chat, a shared system prompt) takes it over 
 it. That changes no result, because keys and values do not depend on how a prompt was chunked.
 """
 
+import math
 from collections import OrderedDict
 
-import numpy as np
-import torch
+from pyllm.quant.memory import allocate
 
 
 class OutOfPages(RuntimeError):
@@ -26,8 +26,15 @@ class PagedCache:
     def __init__(self, *, n_layers, n_pages, page_size, kv_heads, head_dim, dtype):
         self.page_size = page_size
         self.n_pages = n_pages
-        shape = (n_pages, page_size, kv_heads, head_dim)
-        self.layers = [(_zeros(shape, dtype), _zeros(shape, dtype)) for _ in range(n_layers)]
+        # One stretch of memory for all layers, in large pages: it still grows only with use, since
+        # the layers of a page lie side by side. In each the keys of a head lie end to end, and its
+        # values behind them: a decoding step reads them from memory, in long runs.
+        shape = (n_pages, n_layers, kv_heads, 2, page_size, head_dim)
+        memory = allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
+        self.layers = [
+            (memory[:, i, :, 0].transpose(1, 2), memory[:, i, :, 1].transpose(1, 2))
+            for i in range(n_layers)
+        ]
         self._refs = [0] * n_pages
         # Free pages in the order in which they are taken: never used ones first, then those whose
         # contents were used longest ago.
@@ -108,9 +115,3 @@ def cache_nbytes(*, n_layers, n_tokens, kv_heads, head_dim, dtype, page_size) ->
     """Bytes that a cache for `n_tokens` takes, in whole pages."""
     pages = -(-n_tokens // page_size)
     return 2 * n_layers * pages * page_size * kv_heads * head_dim * dtype.itemsize
-
-
-def _zeros(shape, dtype):
-    # NumPy's zeros come from calloc: memory that no token has reached takes no room yet.
-    nbytes = int(np.prod(shape)) * dtype.itemsize
-    return torch.from_numpy(np.zeros(nbytes, dtype=np.uint8)).view(dtype).view(shape)
