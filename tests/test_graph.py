@@ -69,3 +69,16 @@ def test_an_error_while_capturing_leaves_nothing_behind():
     with pytest.raises(ValueError, match="weight"):
         capture(lambda: rms_norm(x, weight), Arena())
     assert torch.equal(relu(x), x.relu())
+
+
+def test_blocks_come_back_when_tensors_die():
+    arena = Arena()
+    a, b = arena.empty((100,), torch.float32), arena.empty((100,), torch.float32)
+    kept = a[3:50]
+    before = arena.nbytes
+    del a, b
+    c, d = arena.empty((10, 10), torch.bfloat16), arena.empty((256,), torch.float32)
+    assert arena.nbytes == before + 1024  # b's block came back, a's has a view left
+    pointers = {t.untyped_storage().data_ptr() for t in (kept, c, d)}
+    assert len(pointers) == 3
+    assert arena.empty((0, 4), torch.float32).shape == (0, 4)

@@ -22,6 +22,13 @@ class CaptureError(RuntimeError):
     """A step did something that cannot be recorded."""
 
 
+class _Loan(weakref.ref):
+    """Says when the array that was lent is gone. Its callback is a builtin on purpose: Ctrl-C that
+    arrives while a callback runs Python code would be swallowed with the callback's errors."""
+
+    __slots__ = ("block",)
+
+
 class Arena:
     """Memory for the tensors of captured steps, and of eager ones, which spares them page faults.
 
@@ -34,16 +41,24 @@ class Arena:
 
     def __init__(self):
         self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._lent: dict[int, _Loan] = {}  # by id: what refers to an array has no hash
+        self._returned: list[_Loan] = []
         self.nbytes = 0
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized contiguous tensor."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
         size = max(1, -(-nbytes // 1024)) * 1024
+        while self._returned:
+            loan = self._returned.pop()
+            del self._lent[id(loan)]
+            self._free[loan.block.size].append(loan.block)
         block = self._free[size].pop() if self._free[size] else self._new_block(size)
         # The storage owns this array object; when it dies, so does the array.
         array = block[:nbytes]
-        weakref.finalize(array, self._free[size].append, block)
+        loan = _Loan(array, self._returned.append)
+        loan.block = block
+        self._lent[id(loan)] = loan
         return torch.from_numpy(array).view(dtype).view(shape)
 
     def _new_block(self, size: int) -> np.ndarray:
@@ -88,6 +103,7 @@ class Graph:
 
     def __init__(self, step, arena: Arena, check: bool):
         self.plan = _C.Plan()
+        self._arena = arena  # its free blocks are in the plan too
         self.plan.begin()
         try:
             with alloc.use(arena), _OnlyViews() if check else nullcontext():
