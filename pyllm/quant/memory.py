@@ -1,4 +1,4 @@
-"""Memory for weights, in large pages.
+"""Memory for weights and for the cache of keys and values, in large pages.
 
 A decoding step reads every weight once. The processor prefetches within a page only, and finding
 the next one takes a walk through the page tables (two of them in a virtual machine): one Zen 4 core
