@@ -34,6 +34,9 @@ TopP = Annotated[float, typer.Option(help="Keep the likeliest that together reac
 MinP = Annotated[float, typer.Option(help="Keep those this times as likely as the likeliest.")]
 RepetitionPenalty = Annotated[float, typer.Option(help="Over 1 discourages repetition.")]
 Seed = Annotated[int | None, typer.Option(help="Of the random generator.")]
+PromptLookup = Annotated[
+    int | None, typer.Option(help="Guess this many tokens ahead from what was said; same text.")
+]
 Stop = Annotated[list[str] | None, typer.Option(help="End before this text; may be repeated.")]
 
 
@@ -50,6 +53,7 @@ def generate(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    prompt_lookup: PromptLookup = None,
     stop: Stop = None,
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of the text.")] = False,
     max_context: MaxContext = None,
@@ -66,6 +70,7 @@ def generate(
         "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
+        "prompt_lookup_num_tokens": prompt_lookup,
         "stop_strings": tuple(stop or ()), "ignore_eos": ignore_eos,
     }  # fmt: skip
     llm = _load(model, params, max_context=max_context, quantize=quantize)
@@ -100,6 +105,7 @@ def chat(
     min_p: MinP = 0.0,
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
+    prompt_lookup: PromptLookup = None,
     max_context: MaxContext = None,
     quantize: Quantize = None,
     debug: Debug = False,
@@ -111,6 +117,7 @@ def chat(
         "max_new_tokens": max_new_tokens, "temperature": temperature,
         "top_k": top_k, "top_p": top_p, "min_p": min_p,
         "repetition_penalty": repetition_penalty, "seed": seed,
+        "prompt_lookup_num_tokens": prompt_lookup,
     }  # fmt: skip
     converse(_load(model, params, max_context=max_context, quantize=quantize), system, params)
 

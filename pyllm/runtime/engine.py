@@ -1,7 +1,7 @@
 """The decode loop: schedule, run the model, sample, and again."""
 
-import itertools
 import time
+from collections import OrderedDict
 from threading import RLock
 
 import numpy as np
@@ -15,6 +15,10 @@ from pyllm.runtime.scheduler import Scheduler
 from pyllm.runtime.sequence import Sequence, TokenLogprob
 
 PAGE_SIZE = 32
+# Rows of logits up to which guessed tokens are added to a step. With more, arithmetic and not
+# memory bounds it, so that another token costs as much in this step as in one of its own.
+DRAFT_ROWS = 16
+MAX_GRAPHS = 32  # kept; each keeps its logits
 
 
 class Engine:
@@ -22,6 +26,12 @@ class Engine:
 
     Every step is captured and replayed: between two kernels no thread goes to sleep, and a step in
     which every sequence decodes one token is captured only once for each number of sequences.
+
+    A step may have guessed tokens at the end of a sequence's new ones (see `PromptLookup`). All of
+    them are sampled as if those before were right, and they count up to the first that was not. The
+    bits of a token's logits and the generator's counter depend on the tokens before it alone, so
+    the answer is that of a run without guesses. Keys and values of wrong ones are overwritten
+    before anything can see them.
 
     Args:
         model: called with a `Batch`, returns hidden states; has ``logits``, ``prepare`` and
@@ -51,13 +61,14 @@ class Engine:
             page_size=page_size, kv_heads=c.n_kv_heads, head_dim=c.head_dim, dtype=cache_dtype,
         )  # fmt: skip
         model.prepare(max_context)
-        self.scheduler = Scheduler(self.cache, max_batch, max(max_tokens, max_batch))
-        self.inputs = _Inputs(max_batch, self.scheduler.max_tokens, pages)
-        self.sampler = _SamplerInputs(max_batch, max_context, c.vocab_size)
+        rows = max(max_batch, DRAFT_ROWS)
+        self.scheduler = Scheduler(self.cache, max_batch, max(max_tokens, max_batch), rows)
+        self.inputs = _Inputs(max_batch, self.scheduler.max_tokens, rows, pages)
+        self.sampler = _SamplerInputs(rows, max_context)
         self.backend = backend or registry.default_backend()
         self.replay = replay and self.backend != "reference"
         self._arena = Arena()
-        self._graphs = {}
+        self._graphs = OrderedDict()  # the latest used last
         self._checked = False
         self._lock = RLock()
 
@@ -82,17 +93,17 @@ class Engine:
             for sequence, _ in work:
                 if sequence.started is None:
                     sequence.started = now
-            sampled = [s for s, n in work if s.n_computed + n == len(s.token_ids)]
-            ends = itertools.accumulate(n for _, n in work)
-            rows = [end - 1 for (s, _), end in zip(work, ends, strict=True) if s in sampled]
+            rows, sampled, begin = [], [], 0  # sampled: (sequence, index of the token) of each row
+            for sequence, tokens in work:
+                # From the last token that is certain on.
+                first = len(sequence.token_ids) - 1 - sequence.n_computed
+                rows += range(begin + first, begin + len(tokens))
+                end = sequence.n_computed + len(tokens) + 1
+                sampled += [(sequence, i) for i in range(len(sequence.token_ids), end)]
+                begin += len(tokens)
             self.inputs.fill(work, rows)
             self.sampler.fill(sampled)
-            logits, tokens, logprobs = self._run(work, rows)
-            for sequence, n in work:
-                done, sequence.n_computed = sequence.n_computed, sequence.n_computed + n
-                self.cache.remember(sequence.pages, sequence.token_ids, done, sequence.n_computed)
-            if sampled:
-                self._take(sampled, logits, tokens.tolist(), logprobs)
+            self._take(work, *self._run(work, rows))
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -105,7 +116,7 @@ class Engine:
                     done = sequence.n_computed
                     n = min(len(token_ids) - done, self.scheduler.max_tokens)
                     self.cache.extend(sequence.pages, done + n)
-                    self.inputs.fill([(sequence, n)], [])
+                    self.inputs.fill([(sequence, token_ids[done : done + n])], [])
                     batch = self.inputs.batch(1, n, n, self.cache.layers)
                     with alloc.use(self._arena), registry.use(self.backend):
                         out[done : done + n] = self.model.logits(self.model(batch))
@@ -116,7 +127,7 @@ class Engine:
 
     def _run(self, work, rows):
         """Runs a step whose inputs are filled; logits, tokens and log-probabilities of `rows`."""
-        n_tokens = sum(n for _, n in work)
+        n_tokens = sum(len(tokens) for _, tokens in work)
         size = (len(work), n_tokens, len(rows))
         if not self.replay:
             with alloc.use(self._arena):
@@ -127,8 +138,12 @@ class Engine:
             graph = capture(lambda: self._forward(*size), self._arena, check=not self._checked)
             self._checked = True
             # Decoding steps come again, and so do full chunks of a long prompt; other sizes hardly.
-            if n_tokens <= self.scheduler.max_batch or n_tokens == self.scheduler.max_tokens:
+            if n_tokens <= self.scheduler.max_rows or n_tokens == self.scheduler.max_tokens:
                 self._graphs[size] = graph
+                if len(self._graphs) > MAX_GRAPHS:
+                    self._graphs.popitem(last=False)
+        else:
+            self._graphs.move_to_end(size)
         return graph.replay()
 
     def _forward(self, n_sequences, n_tokens, n_rows):
@@ -140,31 +155,54 @@ class Engine:
             logits = self.model.logits(hidden)
             return logits, *sample(logits, **self.sampler.arguments(n_rows))
 
-    def _take(self, sampled, logits, tokens, logprobs):
+    def _take(self, work, logits, sampled, logprobs):
         now = time.perf_counter()
-        for row, (sequence, token) in enumerate(zip(sampled, tokens, strict=True)):
-            n = sequence.params.logprobs
-            if n is not None:
-                top = []
-                if n:
-                    values, ids = torch.log_softmax(logits[row], -1).topk(min(n, logits.shape[1]))
-                    top = list(zip(ids.tolist(), values.tolist(), strict=True))
-                sequence.logprobs.append(TokenLogprob(token, float(logprobs[row]), top))
-            sequence.append(token, now)
+        sampled = [] if sampled is None else sampled.tolist()
+        row = 0
+        for sequence, tokens in work:
+            done = sequence.n_computed
+            sequence.n_computed += len(tokens)
+            n_drafted = sequence.n_computed - len(sequence.token_ids)
+            if n_drafted >= 0:
+                draft = tokens[len(tokens) - n_drafted :]
+                n_accepted = 0
+                for i, token in enumerate(sampled[row : row + n_drafted + 1]):
+                    self._append(sequence, token, logits[row + i], logprobs[row + i], now)
+                    right = i < n_drafted and draft[i] == token
+                    n_accepted += right
+                    if not right or sequence.finished:
+                        break
+                row += 1 + n_drafted
+                sequence.n_computed = len(sequence.token_ids) - 1
+                if n_drafted:
+                    sequence.lookup.update(n_drafted, n_accepted)
+                    sequence.usage.drafted_tokens += n_drafted
+                    sequence.usage.accepted_tokens += n_accepted
+            self.cache.remember(sequence.pages, sequence.token_ids, done, sequence.n_computed)
             if sequence.finished:
                 self.scheduler.drop(sequence)
+
+    def _append(self, sequence, token, logits, logprob, now):
+        n = sequence.params.logprobs
+        if n is not None:
+            top = []
+            if n:
+                values, ids = torch.log_softmax(logits, -1).topk(min(n, len(logits)))
+                top = list(zip(ids.tolist(), values.tolist(), strict=True))
+            sequence.logprobs.append(TokenLogprob(token, float(logprob), top))
+        sequence.append(token, now)
 
 
 class _Inputs:
     """The buffers that a step reads. They stay in place, so that steps can be replayed."""
 
-    def __init__(self, max_batch, max_tokens, max_pages):
+    def __init__(self, max_batch, max_tokens, max_rows, max_pages):
         self.tensors = {
             "token_ids": torch.zeros(max_tokens, dtype=torch.int32),
             "positions": torch.zeros(max_tokens, dtype=torch.int32),
             "cu_seqlens": torch.zeros(max_batch + 1, dtype=torch.int32),
             "context_lens": torch.zeros(max_batch, dtype=torch.int32),
-            "output_rows": torch.zeros(max_batch, dtype=torch.int32),
+            "output_rows": torch.zeros(max_rows, dtype=torch.int32),
             "page_table": torch.zeros(max_batch, max_pages, dtype=torch.int32),
         }
         self._arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
@@ -175,9 +213,10 @@ class _Inputs:
         a = self._arrays
         a["output_rows"][: len(rows)] = rows
         at = 0
-        for b, (sequence, n) in enumerate(work):
+        for b, (sequence, tokens) in enumerate(work):
+            n = len(tokens)
             begin, end = sequence.n_computed, sequence.n_computed + n
-            a["token_ids"][at : at + n] = sequence.token_ids[begin:end]
+            a["token_ids"][at : at + n] = tokens
             a["positions"][at : at + n] = range(begin, end) if n > 1 else begin
             at += n
             a["cu_seqlens"][b + 1] = at
@@ -201,28 +240,29 @@ class _Inputs:
 
 
 class _SamplerInputs:
-    """The sampler's parameters, a row a sequence, in buffers that stay in place."""
+    """The sampler's parameters, a row a token, in buffers that stay in place."""
 
     _FLOATS = (
         "temperature", "top_p", "min_p",
         "repetition_penalty", "presence_penalty", "frequency_penalty",
     )  # fmt: skip
 
-    def __init__(self, max_batch, max_context, vocab_size):
-        self._tensors = {name: torch.zeros(max_batch) for name in self._FLOATS}
+    def __init__(self, max_rows, max_context):
+        self._tensors = {name: torch.zeros(max_rows) for name in self._FLOATS}
         for name in ("top_k", "position", "prompt_lens", "history_lens"):
-            self._tensors[name] = torch.zeros(max_batch, dtype=torch.int32)
-        self._tensors["seed"] = torch.zeros(max_batch, dtype=torch.int64)
-        history = torch.from_numpy(np.zeros((max_batch, max_context), dtype=np.int32))
+            self._tensors[name] = torch.zeros(max_rows, dtype=torch.int32)
+        self._tensors["seed"] = torch.zeros(max_rows, dtype=torch.int64)
+        history = torch.from_numpy(np.zeros((max_rows, max_context), dtype=np.int32))
         self._tensors["history"] = history
         self._arrays = {name: tensor.numpy() for name, tensor in self._tensors.items()}
         self._rows: list[Sequence] = []
 
-    def fill(self, sequences):
+    def fill(self, sampled):
         a = self._arrays
+        sequences = [sequence for sequence, _ in sampled]
         same = self._rows == sequences
-        for row, sequence in enumerate(sequences):
-            a["position"][row] = n = len(sequence.token_ids)
+        for row, (sequence, n) in enumerate(sampled):
+            a["position"][row] = n
             if not same:
                 params = sequence.params
                 for name in (*self._FLOATS, "top_k"):
@@ -230,7 +270,7 @@ class _SamplerInputs:
                 a["seed"][row] = sequence.seed
                 a["prompt_lens"][row] = sequence.n_prompt
                 a["history_lens"][row] = 0
-            if sequence.params.penalized:
+            if sequence.params.penalized:  # and so without guesses
                 known = a["history_lens"][row]
                 a["history"][row, known:n] = sequence.token_ids[known:n]
                 a["history_lens"][row] = n

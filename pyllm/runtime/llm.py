@@ -11,6 +11,7 @@ from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
 from pyllm.ops.registry import BACKENDS
 from pyllm.runtime.engine import Engine
+from pyllm.runtime.lookup import PromptLookup
 from pyllm.runtime.sampling import SamplingParams
 from pyllm.runtime.sequence import Completion, Sequence
 from pyllm.runtime.text import TextStream
@@ -150,7 +151,10 @@ class LLM:
             stop_ids |= set(self.tokenizer.eos_ids)
         seed = random.getrandbits(63) if params.seed is None else params.seed
         text = TextStream(self.tokenizer.stream(continuation=True), params.stop_strings)
-        sequence = Sequence(ids, params, text, stop_ids, limit, seed)
+        # Penalties would have to count the guessed tokens, each row another number of them.
+        k = 0 if params.penalized else params.prompt_lookup_num_tokens
+        lookup = PromptLookup(k) if k else None
+        sequence = Sequence(ids, params, text, stop_ids, limit, seed, lookup)
         if params.max_new_tokens == 0:
             sequence.finish_reason = "length"
         return sequence

@@ -26,7 +26,11 @@ class SamplingParams:
         stop_token_ids: like the model's end-of-sequence tokens, in addition to them.
         ignore_eos: go on after an end-of-sequence token.
         logprobs: None for none, else the number of most likely tokens to report beside the
-        chosen one.
+            chosen one.
+        prompt_lookup_num_tokens: guess at most this many tokens ahead from what the prompt and the
+            answer have said before (Saxena, 2023), which is faster where the answer repeats them;
+            None or 0: do not. The tokens are the same either way. Requests with penalties do not
+            guess.
     """
 
     max_new_tokens: int | None = None
@@ -42,6 +46,7 @@ class SamplingParams:
     stop_token_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
     logprobs: int | None = None
+    prompt_lookup_num_tokens: int | None = None
 
     def __post_init__(self):
         strings = self.stop_strings
@@ -68,6 +73,7 @@ class SamplingParams:
             ("max_new_tokens", 0, 2**31 - 1),
             ("seed", 0, _MAX_SEED),
             ("logprobs", 0, 1000),
+            ("prompt_lookup_num_tokens", 0, 2**31 - 1),
         ):
             if getattr(self, name) is not None:
                 _integer(name, getattr(self, name), low, high)

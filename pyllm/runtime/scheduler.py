@@ -12,12 +12,19 @@ class Scheduler:
     Sequences that are decoding come first, one token each; what is left of the step's token budget
     goes to prompts, in the order of arrival. When no page is left the youngest sequence gives up
     its pages and starts again later; the tokens that it has are kept, so its answer is the same.
+    Guessed tokens take what then is left of the budget, the sampled rows and the free pages.
+
+    Args:
+        max_batch: sequences that run at once.
+        max_tokens: tokens in one step.
+        max_rows: tokens in one step whose logits are sampled; at least `max_batch`.
     """
 
-    def __init__(self, cache: PagedCache, max_batch: int, max_tokens: int):
+    def __init__(self, cache: PagedCache, max_batch: int, max_tokens: int, max_rows: int):
         self.cache = cache
         self.max_batch = max_batch
         self.max_tokens = max_tokens
+        self.max_rows = max_rows
         self.waiting: deque[Sequence] = deque()
         self.running: list[Sequence] = []
 
@@ -33,8 +40,8 @@ class Scheduler:
         elif sequence in self.waiting:
             self.waiting.remove(sequence)
 
-    def schedule(self) -> list[tuple[Sequence, int]]:
-        """The sequences of the next step, each with its number of new tokens."""
+    def schedule(self) -> list[tuple[Sequence, list[int]]]:
+        """The sequences of the next step, each with its new tokens; guessed ones come last."""
         chosen: list[tuple[Sequence, int]] = []
         budget = self.max_tokens
         for sequence in sorted(self.running, key=lambda s: len(s.token_ids) - s.n_computed > 1):
@@ -51,7 +58,25 @@ class Scheduler:
                 break
             chosen.append((self.running[-1], n))
             budget -= n
-        return chosen
+        work = [(s, s.token_ids[s.n_computed : s.n_computed + n]) for s, n in chosen]
+        self._draft(work, budget)
+        return work
+
+    def _draft(self, work, budget):
+        """Adds guessed tokens to the sequences that want them, sharing what room there is."""
+        room = min(budget, self.max_rows - len(work))
+        waiting = [w for w in work if w[0].lookup and w[0].n_computed + 1 == len(w[0].token_ids)]
+        for i, (sequence, tokens) in enumerate(waiting):
+            n = len(sequence.token_ids)
+            # After k guesses there are up to k + 1 tokens more.
+            share = min(room // (len(waiting) - i), sequence.limit - n - 1)
+            draft = sequence.lookup.draft(sequence.token_ids, share) if share > 0 else []
+            try:
+                self.cache.extend(sequence.pages, n + len(draft))
+            except OutOfPages:
+                continue
+            tokens += draft
+            room -= len(draft)
 
     def _admit(self, sequence: Sequence, budget: int) -> int:
         """Starts the request at the head of the queue if there are pages; returns its tokens."""

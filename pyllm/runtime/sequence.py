@@ -10,6 +10,7 @@ class Usage:
     Attributes:
         prompt_tokens, completion_tokens: how many.
         cached_tokens: prompt tokens whose keys and values were found in the cache.
+        drafted_tokens, accepted_tokens: guessed by prompt lookup, and those that were right.
         prefill_seconds: from the first step on the request to its first token.
         decode_seconds: from the first token to the last.
     """
@@ -17,6 +18,8 @@ class Usage:
     prompt_tokens: int = 0
     completion_tokens: int = 0
     cached_tokens: int = 0
+    drafted_tokens: int = 0
+    accepted_tokens: int = 0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
 
@@ -60,7 +63,7 @@ class Completion:
 class Sequence:
     """A request: its tokens so far, its pages, and how far keys and values are computed."""
 
-    def __init__(self, prompt_ids, params, text_stream, stop_ids, limit, seed):
+    def __init__(self, prompt_ids, params, text_stream, stop_ids, limit, seed, lookup=None):
         self.token_ids = list(prompt_ids)
         self.n_prompt = len(prompt_ids)
         self.params = params
@@ -68,6 +71,7 @@ class Sequence:
         self.text_stream = text_stream
         self.stop_ids = stop_ids
         self.limit = limit  # tokens, the prompt's included
+        self.lookup = lookup
         self.pages: list[int] = []
         self.n_computed = 0
         self.finish_reason: str | None = None
