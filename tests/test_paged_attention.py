@@ -220,12 +220,11 @@ class Arena:
 
 
 @pytest.fixture
-def captured(monkeypatch):
+def captured():
     """A case, the output of its plan and the plan."""
     case, plan = Case([(2, 30), (3, 300)]), _C.Plan()
     arena = Arena()
-    with monkeypatch.context() as patch:
-        patch.setattr(alloc, "_arena", arena)
+    with alloc.use(arena):
         plan.begin()
         out = case.run()
         plan.end()
