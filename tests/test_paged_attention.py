@@ -67,6 +67,14 @@ def test_matches_reference(sequences, heads, dtype):
     Case(sequences, heads, dtype).check()
 
 
+def test_caches_may_lie_head_by_head():
+    case = Case([(1, 300), (3, 40)])
+    expected = case.run()
+    case.caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in case.caches]
+    assert not case.caches[0].is_contiguous()
+    assert torch.equal(case.run(), expected)
+
+
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16], ids=dtype_name)
 @pytest.mark.parametrize("page_size", [1, 5, 16, 64])
 def test_float32_queries_over_half_caches(cache_dtype, page_size):
