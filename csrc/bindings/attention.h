@@ -59,9 +59,9 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a,
   if (options.partials.defined() && options.partials.numel() > 0) {
     const int64_t needed = a.slots() * heads * a.max_splits * a.partial_size();
     c(options.partials, "partials", "_", {DType::F32});
-    c.require(options.partials.numel() >= needed,
-              "partials: expected " + std::to_string(needed) + " floats, got " +
-                  std::to_string(options.partials.numel()));
+    c.require(options.partials.numel() >= needed, "partials: expected " + std::to_string(needed) +
+                                                      " floats, got " +
+                                                      std::to_string(options.partials.numel()));
     a.partials = options.partials.as<float>();
     run(make_launch(name, kernels().attention, a),
         make_launch("attention_combine", kernels().attention_combine, AttentionCombineArgs{a}));

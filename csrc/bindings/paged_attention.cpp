@@ -8,9 +8,10 @@ void check_contexts(const Check& c, const Tensor& cu_seqlens_q, const Tensor& pa
                     const Tensor& context_lens) {
   const int32_t *cu = cu_seqlens_q.as<int32_t>(), *lens = context_lens.as<int32_t>();
   for (int64_t b = 0; b < c.dim("B"); ++b) {
-    c.require(lens[b] >= cu[b + 1] - cu[b],
-              "context_lens[" + std::to_string(b) + "]: expected at least the sequence's " +
-                  std::to_string(cu[b + 1] - cu[b]) + " new tokens, got " + std::to_string(lens[b]));
+    c.require(lens[b] >= cu[b + 1] - cu[b], "context_lens[" + std::to_string(b) +
+                                                "]: expected at least the sequence's " +
+                                                std::to_string(cu[b + 1] - cu[b]) +
+                                                " new tokens, got " + std::to_string(lens[b]));
     for (int64_t at = 0; at < lens[b]; at += c.dim("page_size"))
       check_page(c, page_table, b, at, c.dim("page_size"), c.dim("pages"));
   }
@@ -22,8 +23,7 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
                      Tensor v_scale, Tensor out, Tensor partials) {
   Check c("paged_attention");
   c(q, "q", "T H D", kFloats);
-  c(k_cache, "k_cache", "pages page_size Hkv D",
-    {DType::F32, DType::BF16, DType::F16, DType::I8});
+  c(k_cache, "k_cache", "pages page_size Hkv D", {DType::F32, DType::BF16, DType::F16, DType::I8});
   c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
   c(page_table, "page_table", "B max_pages", {DType::I32});
   c(context_lens, "context_lens", "B", {DType::I32});

@@ -200,8 +200,7 @@ struct Tile {
       add_values(r + i, 1, i, block, {see.begin, smaller(all.begin, see.end)});
     }
     add_values(r, n, 0, block, all);
-    for (int64_t i = 0; i < n; ++i)
-      add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
+    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
   }
   void add_values(int64_t r, int64_t n, int64_t weights_row, int64_t block, Range keys) {
     const int64_t begin = larger(keys.begin - block, 0);

@@ -58,7 +58,8 @@ PYLLM_INLINE f32x16 select_less(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
 // x * 2^n, for integral n in [-126, 127]
 PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) {
   const __m512i e = _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23);
-  return {_mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(0x3f800000))))};
+  return {
+      _mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(0x3f800000))))};
 }
 PYLLM_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a.v); }
 PYLLM_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
@@ -82,10 +83,12 @@ PYLLM_INLINE void store(bf16* p, f32x16 a) {
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
 }
 PYLLM_INLINE void store(f16* p, f32x16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
+                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
 }
 // Whole numbers in [-128, 127].
 PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
@@ -124,8 +127,10 @@ struct f32x16 {
   __m256 lo, hi;
 };
 PYLLM_INLINE f32x16 splat(float x) { return {_mm256_set1_ps(x), _mm256_set1_ps(x)}; }
-#define PYLLM_BINARY(name, intrinsic) \
-  PYLLM_INLINE f32x16 name(f32x16 a, f32x16 b) { return {intrinsic(a.lo, b.lo), intrinsic(a.hi, b.hi)}; }
+#define PYLLM_BINARY(name, intrinsic)                      \
+  PYLLM_INLINE f32x16 name(f32x16 a, f32x16 b) {           \
+    return {intrinsic(a.lo, b.lo), intrinsic(a.hi, b.hi)}; \
+  }
 PYLLM_BINARY(operator+, _mm256_add_ps)
 PYLLM_BINARY(operator-, _mm256_sub_ps)
 PYLLM_BINARY(operator*, _mm256_mul_ps)
@@ -209,8 +214,9 @@ PYLLM_INLINE void store(f16* p, f32x16 a) {
 PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
   const __m256i words = _mm256_permute4x64_epi64(
       _mm256_packs_epi32(_mm256_cvtps_epi32(a.lo), _mm256_cvtps_epi32(a.hi)), 0xd8);
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
-                   _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
+  _mm_storeu_si128(
+      reinterpret_cast<__m128i*>(p),
+      _mm_packs_epi16(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1)));
 }
 
 PYLLM_INLINE void transpose8(__m256 (&r)[8]) {
@@ -244,8 +250,8 @@ PYLLM_INLINE void transpose(f32x16 (&rows)[16]) {
 struct f32x16 {
   float v[kLanes];
 };
-#define PYLLM_LANES(expression) \
-  f32x16 r;                     \
+#define PYLLM_LANES(expression)                           \
+  f32x16 r;                                               \
   for (int i = 0; i < kLanes; ++i) r.v[i] = (expression); \
   return r
 PYLLM_INLINE f32x16 splat(float x) { PYLLM_LANES(x); }
@@ -266,7 +272,8 @@ PYLLM_INLINE f32x16 select_less(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
   PYLLM_LANES(a.v[i] < b.v[i] ? x.v[i] : y.v[i]);
 }
 PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) {
-  PYLLM_LANES(x.v[i] * half_detail::float_of(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23));
+  PYLLM_LANES(x.v[i] *
+              half_detail::float_of(static_cast<uint32_t>(static_cast<int>(n.v[i]) + 127) << 23));
 }
 PYLLM_INLINE float reduce_add(f32x16 a) {
   for (int n = kLanes / 2; n; n /= 2)
@@ -287,7 +294,9 @@ PYLLM_INLINE void transpose(f32x16 (&rows)[16]) {
     }
 }
 template <class T>
-PYLLM_INLINE f32x16 load(const T* p) { PYLLM_LANES(to_float(p[i])); }
+PYLLM_INLINE f32x16 load(const T* p) {
+  PYLLM_LANES(to_float(p[i]));
+}
 template <class T>
 PYLLM_INLINE void store(T* p, f32x16 a) {
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<T>(a.v[i]);
@@ -320,8 +329,8 @@ PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
 
-// e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: the reduction in two steps (Cody and Waite), then a
-// polynomial of degree 6.
+// e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: the reduction in two steps (Cody and Waite), then
+// a polynomial of degree 6.
 PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
   f32x16 r = fma(n, splat(-0.693359375f), x);
   r = fma(n, splat(2.12194440e-4f), r);
@@ -345,8 +354,8 @@ PYLLM_INLINE f32x16 exp(f32x16 x) {
   return select_less(splat(88.72f), x, splat(kInf), out);
 }
 
-// 2^x to about 1 ulp, for x <= 127; 0 below -126, exactly 1 at 0, and NaN stays NaN. The coefficients
-// are those of Cephes' exp2f.
+// 2^x to about 1 ulp, for x <= 127; 0 below -126, exactly 1 at 0, and NaN stays NaN. The
+// coefficients are those of Cephes' exp2f.
 PYLLM_INLINE f32x16 exp2(f32x16 x) {
   const f32x16 clamped = max(splat(-126.0f), x);  // order keeps NaN
   const f32x16 n = round(clamped), r = clamped - n;
