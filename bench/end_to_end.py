@@ -5,9 +5,9 @@ same after 512 tokens, ``8x tg64@512`` eight sequences at once. Engines take tur
 round, so that the machine's drift meets all; figures are medians, ratios medians of the rounds'.
 """
 
-import importlib.util
 import math
 import statistics
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -15,8 +15,7 @@ import torch
 from rich.table import Table
 
 from bench import limits
-from bench.engines import ENGINES, Remote
-from pyllm.cli.report import machine
+from bench.engines import Remote, interpreters
 from pyllm.loading import open_checkpoint
 from pyllm.models import describe
 from pyllm.runtime.cache import cache_nbytes
@@ -41,13 +40,40 @@ TESTS = [
 ]
 
 
-def measure(model, *, threads, rounds=5, engines=None, tests=TESTS, progress=lambda text: None):
-    """Tokens per second ``{engine: {test: [one a round]}}``, and each engine's peak MB."""
-    names = engines or [n for n, e in ENGINES.items() if importlib.util.find_spec(e.package)]
-    remotes = [Remote(name, model, threads) for name in names]
+# The engines that read the file as it is, and so the bytes that `cost` counts.
+SAME_BYTES = ("pyllm", "llama.cpp")
+# Decoding at several depths.
+DEPTHS = [Test(f"tg32@{d}", "decode", 32, depth=d) for d in (16, 256, 512, 1024, 1900)]
+
+
+def measure(
+    model, *, threads, rounds=5, minutes=None, engines=None, other=None, tests=TESTS,
+    progress=lambda text: None,
+):  # fmt: skip
+    """Runs the tests in rounds, after one to warm up.
+
+    Args:
+        rounds: at most; fewer, but one at least, when `minutes` are over.
+        engines, other: see `bench.engines.interpreters`.
+
+    Returns:
+        Tokens per second ``{engine: {test: [one a round]}}``, each engine's peak MB, and why an
+        engine is absent ``{engine: reason}``.
+    """
+    found, missing = interpreters(engines, other)
+    absent = dict.fromkeys(missing, "not installed")
+    begin = time.monotonic()
+    remotes = []
+    for name, python in found.items():
+        progress(f"loading {name}")
+        try:
+            remotes.append(Remote(name, model, threads, python))
+        except RuntimeError as error:
+            absent[name] = str(error)
     try:
         speeds = {r.name: {t.name: [] for t in tests} for r in remotes}
         for i in range(-1, rounds):  # round -1 warms up
+            round_begin = time.monotonic()
             for test in tests:
                 for remote in remotes:
                     progress(f"round {i + 1} of {rounds}: {test.name}, {remote.name}")
@@ -56,8 +82,11 @@ def measure(model, *, threads, rounds=5, engines=None, tests=TESTS, progress=lam
                         seed=1000 * i + 7,
                     )  # fmt: skip
                     if seconds is not None and i >= 0:
-                        speeds[remote.name][test.name].append(test.batch * test.n / seconds)
-        return speeds, {r.name: r.peak_mb for r in remotes}
+                        speeds[remote.name][test.name].append(test.batch * test.n / sum(seconds))
+            now = time.monotonic()
+            if i >= 0 and minutes and now - begin + (now - round_begin) > 60 * minutes:
+                break
+        return speeds, {r.name: r.peak_mb for r in remotes}, absent
     finally:
         for remote in remotes:
             remote.close()
@@ -89,17 +118,21 @@ def cost(model, depth):
     return once, cached, 2 * inner
 
 
-def report(model, *, threads, rounds, engines=None, progress=lambda text: None) -> dict:
-    """Measures the machine's limits and all engines; returns what is written as JSON."""
+def report(model, *, threads, tests=TESTS, progress=lambda text: None, **options) -> dict:
+    """Measures the machine's limits and all engines; returns what is written as JSON.
+
+    Args:
+        options: of `measure`.
+    """
     progress("the machine's limits")
     before = limits.measure(threads=threads)
-    speeds, peak_mb = measure(
-        model, threads=threads, rounds=rounds, engines=engines, progress=progress
+    speeds, peak_mb, absent = measure(
+        model, threads=threads, tests=tests, progress=progress, **options
     )
     progress("the machine's limits again")
     after = limits.measure(threads=threads)
     rows = []
-    for test in TESTS:
+    for test in tests:
         middle = test.depth + test.n // 2
         once, cached, operations = cost(model, middle)
         for engine, by_test in speeds.items():
@@ -108,19 +141,19 @@ def report(model, *, threads, rounds, engines=None, progress=lambda text: None) 
                 continue
             median = statistics.median(runs)
             row = {
-                "test": test.name, "engine": engine, "tokens_per_second": runs,
-                "median": median, "low": min(runs), "high": max(runs),
+                "test": test.name, "depth": test.depth, "engine": engine,
+                "tokens_per_second": runs, "median": median, "low": min(runs), "high": max(runs),
                 "ratio": ratio(speeds["pyllm"][test.name], runs) if "pyllm" in speeds else None,
             }  # fmt: skip
             if test.what == "prefill":
                 row["int8_gops"] = operations * median / 1e9
-            else:
+            elif engine in SAME_BYTES:
                 row["gb_per_s"] = (once + cached * test.batch) * median / test.batch / 1e9
             rows.append(row)
     return {
-        "model": Path(model).name, "threads": threads, "rounds": rounds, "peak_mb": peak_mb,
+        "model": Path(model).name, "threads": threads, "peak_mb": peak_mb, "absent": absent,
+        "rounds": max((len(row["tokens_per_second"]) for row in rows), default=0),
         "limits": {name: max(before[name], after[name]) for name in before}, "rows": rows,
-        "machine": machine(),
     }  # fmt: skip
 
 
@@ -134,19 +167,22 @@ def table(data: dict):
     for name in ("tokens/s", "low - high", "pyllm is", "achieved", "of the limit"):
         t.add_column(name, justify="right")
     for row in data["rows"]:
+        achieved, share = "", None
         if "int8_gops" in row:
-            achieved, share = f"{row['int8_gops']:.0f} GOP/s", row["int8_gops"] / int8
-        else:
+            achieved, share = f"{row['int8_gops']:.0f} GOP/s", row["int8_gops"] / (int8 or math.nan)
+        elif "gb_per_s" in row:
             achieved, share = f"{row['gb_per_s']:.1f} GB/s", row["gb_per_s"] / bandwidth
         t.add_row(
             row["test"], row["engine"], f"{row['median']:.1f}",
             f"{row['low']:.1f} - {row['high']:.1f}",
             f"{row['ratio']:.2f} x" if row["engine"] != "pyllm" and row["ratio"] else "",
-            achieved, f"{share:.0%}",
+            achieved, f"{share:.0%}" if share and math.isfinite(share) else "",
         )  # fmt: skip
     t.caption = (
         f"limits measured in this run: read {bandwidth:.1f} GB/s, int8 {int8:.0f} GOP/s; "
         + "peak memory: "
         + ", ".join(f"{name} {mb:.0f} MB" for name, mb in data["peak_mb"].items())
     )
+    if data["absent"]:
+        t.caption += "; absent: " + ", ".join(data["absent"])
     return t

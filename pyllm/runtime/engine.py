@@ -125,6 +125,13 @@ class Engine:
                 self.cache.release(sequence.pages)
             return out
 
+    def profile(self, n_sequences=1, repeats=20) -> list[tuple[str, float]]:
+        """The kernels of the last decoding step of `n_sequences`, run again: names and seconds."""
+        with self._lock:
+            plan = self._graphs[n_sequences, n_sequences, n_sequences].plan
+            seconds = [ns / repeats / 1e9 for ns in plan.profile(repeats)]
+            return list(zip(plan.names(), seconds, strict=True))
+
     def _run(self, work, rows):
         """Runs a step whose inputs are filled; logits, tokens and log-probabilities of `rows`."""
         n_tokens = sum(len(tokens) for _, tokens in work)

@@ -1,0 +1,109 @@
+"""What is written beside every figure: the machine, the versions, the commit, and who else ran."""
+
+import datetime
+import json
+import os
+import re
+import subprocess
+import time
+from importlib import metadata
+from pathlib import Path
+
+from pyllm.cli.report import machine
+
+PACKAGES = [
+    "torch", "numpy", "llama-cpp-python", "transformers", "openvino", "openvino-genai",
+    "onnxruntime-genai",
+]  # fmt: skip
+# Of one core, by others, while we sleep: over this a run is marked as contended.
+BUSY = 0.1
+FLAGS = re.compile(r"avx|fma|f16c|amx|sve|asimd|bf16|i8mm")
+
+
+def environment(threads, other=None) -> dict:
+    """What the figures depend on besides the code that is measured.
+
+    Args:
+        other: the Python of another environment that peers run in.
+    """
+    load, busy = os.getloadavg(), busy_cores()
+    return {
+        "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
+        "commit": commit(), "threads": threads, "flags": flags(), "machine": machine(),
+        "versions": versions(other), "load_average": load, "busy_cores": busy,
+        "contended": busy > BUSY,
+    }  # fmt: skip
+
+
+def write(path, data, where) -> None:
+    """Writes a benchmark's figures and their environment as JSON."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(data | {"environment": where}, indent=1) + "\n")
+
+
+def busy_cores(seconds=1.0) -> float:
+    """How many cores others use while this process sleeps; time stolen by a hypervisor counts."""
+    begin, before = time.perf_counter(), _ticks()
+    time.sleep(seconds)
+    used = (_ticks() - before) / os.sysconf("SC_CLK_TCK")
+    return round(used / (time.perf_counter() - begin), 3)
+
+
+def _ticks():
+    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, irq, soft_irq, steal = map(int, fields)
+    return user + nice + system + irq + soft_irq + steal
+
+
+def commit() -> str:
+    """The commit that is measured; ``-dirty`` if files differ from it."""
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
+    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    return run.stdout.strip() or "unknown"
+
+
+def flags() -> list[str]:
+    """The processor's flags that matter to kernels."""
+    for line in Path("/proc/cpuinfo").read_text().splitlines():
+        if line.startswith(("flags", "Features")):
+            return sorted(f for f in line.split(":", 1)[1].split() if FLAGS.search(f))
+    return []
+
+
+def versions(other=None) -> dict:
+    """Of the packages that are measured; those of `other` where this Python has none."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = metadata.version(package)
+        except metadata.PackageNotFoundError:
+            continue
+    if other:
+        code = "import json; from bench.record import versions; print(json.dumps(versions()))"
+        run = subprocess.run([other, "-c", code], stdout=subprocess.PIPE, text=True)
+        if run.returncode == 0:
+            found = json.loads(run.stdout) | found
+    return found
+
+
+def device(threads) -> str:
+    """A folder's name for this machine: processor, instruction set and threads."""
+    about = machine()
+    isa = next(n for n, use in about["instruction sets"].items() if use == "in use")
+    name = f"{about['processor'].partition('@')[0]} {_family()} {isa} {threads} threads"
+    return re.sub(r"[^a-z0-9]+", "-", re.sub(r"\((r|tm)\)|processor|cpu", "", name.lower())).strip(
+        "-"
+    )
+
+
+def _family():
+    """AMD's generation, which the names of virtual processors leave out."""
+    info = dict(
+        re.findall(r"^(cpu family|model|vendor_id)\s*: (.*)$", Path("/proc/cpuinfo").read_text(),
+                   re.MULTILINE)
+    )  # fmt: skip
+    if info.get("vendor_id") != "AuthenticAMD":
+        return ""
+    family, model = int(info["cpu family"]), int(info["model"])
+    zen4 = 0x10 <= model <= 0x1F or 0x60 <= model <= 0xAF
+    return {23: "zen", 25: "zen4" if zen4 else "zen3", 26: "zen5"}.get(family, "")

@@ -1,0 +1,153 @@
+"""Writes ``README.md`` of a folder of results from the JSON files in it."""
+
+import json
+from pathlib import Path
+
+OURS = "pyllm"
+
+
+def write(root) -> Path:
+    """Rewrites the page of `root`, which has a folder a device."""
+    root = Path(root)
+    lines = [
+        "# Results", "",
+        "Written by `python -m bench plot` from the JSON files beside it; do not edit.", "",
+        "Engines take turns in every round, each in a process of its own; figures are medians,"
+        " ratios the medians of the rounds' ratios.", "",
+    ]  # fmt: skip
+    devices = sorted(p for p in root.iterdir() if p.is_dir() and any(p.glob("*.json")))
+    for folder in devices:
+        lines += _device(folder)
+    lines += _kernels(devices)
+    page = root / "README.md"
+    page.write_text("\n".join(lines).rstrip() + "\n")
+    return page
+
+
+def _device(folder):
+    files = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+    where = next(iter(files.values()))["environment"]
+    versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    lines = [
+        f"## {folder.name}", "",
+        f"{where['machine']['processor']}, {where['threads']} threads, {where['date'][:10]}, "
+        f"commit {where['commit']}; {versions}.", "",
+    ]  # fmt: skip
+    contended = [name for name, data in files.items() if data["environment"]["contended"]]
+    if contended:
+        lines += [f"**Other processes were busy before: {', '.join(contended)}.**", ""]
+    for name, data in files.items():
+        kind = name.split("-", 1)[0]
+        if kind in PARTS:
+            lines += PARTS[kind](data)
+        if (folder / f"{name}.svg").exists():
+            lines += [f"![{name}]({folder.name}/{name}.svg)", ""]
+    return [
+        *lines, "Reproduce, from the root of the repository:", "",
+        "```sh", f"python -m bench all --out bench/results/{folder.name}", "```", "",
+    ]  # fmt: skip
+
+
+def _limits(data):
+    values = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in data["limits"].items())
+    return [f"Measured limits: {values}.", ""]
+
+
+def _end_to_end(data):
+    rows = []
+    for row in data["rows"]:
+        ratio = f"{row['ratio']:.2f} x" if row["engine"] != OURS and row["ratio"] else ""
+        share = ""
+        if "gb_per_s" in row:
+            share = f"{row['gb_per_s'] / data['limits']['read_gb_per_s']:.0%} of bandwidth"
+        elif "int8_gops" in row and data["limits"]["int8_gops"]:
+            share = f"{row['int8_gops'] / data['limits']['int8_gops']:.0%} of int8 peak"
+        spread = f"{row['low']:.1f} to {row['high']:.1f}"
+        rows.append((row["test"], row["engine"], f"{row['median']:.1f}", spread, ratio, share))
+    absent = "".join(f"\nNot measured: {n} ({why})." for n, why in data["absent"].items())
+    return [
+        f"### {data['model']}, {data['rounds']} rounds", "",
+        *_table("test|engine|tokens/s|range|pyllm is|of the measured limit", rows),
+        *([absent.strip(), ""] if absent else []),
+    ]  # fmt: skip
+
+
+def _interference(data):
+    rows = [
+        (
+            r["engine"], r["condition"], f"{r['median']:.1f}", f"{r['of_quiet']:.0%}",
+            f"{r['token_median_ms']:.2f}", f"{r['token_p99_ms']:.2f}", f"{r['token_max_ms']:.2f}",
+            f"{r['max_over_median']:.1f}",
+        )
+        for r in data["rows"]
+    ]  # fmt: skip
+    head = "engine|machine|tokens/s|of quiet|token: median ms|p99|max|max / median"
+    title = f"### {data['model']}, decoding while another process keeps a core busy"
+    return [title, "", *_table(head, rows)]
+
+
+def _startup(data):
+    rows = [
+        (r["what"], f"{r['median']:.2f}", f"{r['over_import_torch']:+.2f}") for r in data["rows"]
+    ]
+    memory = [
+        (
+            m["engine"], f"{m['peak_mb']:.0f}", f"{m['file_mb']:.0f}",
+            f"{m['import_mb']:.0f} ({m['imported']})", f"{m['above_mb']:.0f}",
+        )
+        for m in data["memory"]
+    ]  # fmt: skip
+    return [
+        f"### {data['model']}, start and memory", "",
+        *_table("from process start to first token|seconds|over import torch", rows),
+        *_table("peak memory, MB, context filled|peak|file|imported library|above both", memory),
+    ]  # fmt: skip
+
+
+def _profile(data):
+    rows = []
+    for op in data["ops"]:
+        us, n_bytes = op["microseconds"], op["bytes"]
+        rate = f"{n_bytes / us / 1e3:.1f}" if n_bytes else ""
+        share = f"{us / data['microseconds']:.1%}"
+        rows.append((op["op"], op["count"], f"{us:.1f}", share, rate))
+    title = (
+        f"### {data['model']}, one decoding step of {data['batch']} after {data['depth']} tokens: "
+        f"{data['microseconds']:.0f} µs"
+    )
+    return [title, "", *_table("op|launches|µs|share|GB/s of weights", rows)]
+
+
+PARTS = {
+    "limits": _limits, "end_to_end": _end_to_end, "interference": _interference,
+    "startup": _startup, "profile": _profile,
+}  # fmt: skip
+
+
+def _kernels(devices):
+    """What of each op has been run where: timed if a profile has it."""
+    import pyllm.ops  # noqa: F401  fills OPS
+    from pyllm.ops.registry import OPS
+
+    timed = {}
+    for folder in devices:
+        profiles = [json.loads(p.read_text()) for p in folder.glob("profile-*.json")]
+        timed[folder.name] = {op["op"].split(" ")[0] for data in profiles for op in data["ops"]}
+    rows = [
+        (name, *("timed" if name in timed[d] else "not timed" for d in timed), "no kernel")
+        for name, op in OPS.items()
+        if "cpu" in op.backends
+    ]
+    return [
+        "## Kernels and devices", "",
+        "*Timed*: measured by a profile above. Every CPU kernel is verified by the tests on each"
+        " instruction set of the machine that runs them; results here do not show it."
+        " There are no CUDA and no Triton kernels yet, so none has been run on any GPU.", "",
+        *_table("|".join(["op", *timed, "GPU"]), rows),
+    ]  # fmt: skip
+
+
+def _table(head, rows):
+    names = head.split("|")
+    lines = [names, ["---"] * len(names), *rows]
+    return [*("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]

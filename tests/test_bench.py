@@ -1,0 +1,139 @@
+"""The benchmarks' commands on a tiny model: what they write, never how fast it was."""
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from tiny_models import tiny_gguf
+
+pytest.importorskip("gguf")
+ROOT = Path(__file__).parents[1]
+sys.path.insert(0, str(ROOT))  # bench is not installed
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_gguf(tmp_path_factory.mktemp("bench") / "tiny.gguf", context=2048)
+
+
+def bench(*arguments):
+    run = subprocess.run(
+        [sys.executable, "-m", "bench", *map(str, arguments)],
+        capture_output=True, text=True, cwd=ROOT, timeout=300,
+    )  # fmt: skip
+    assert run.returncode == 0, run.stderr
+    return run.stdout
+
+
+def test_end_to_end(model, tmp_path):
+    out = tmp_path / "figures.json"
+    text = bench(
+        "end_to_end", "--model", model, "--rounds", 1, "--threads", 1, "--engine", "pyllm",
+        "--out", out,
+    )  # fmt: skip
+    data = json.loads(out.read_text())
+    assert [row["test"] for row in data["rows"]] == ["pp512", "tg128", "tg128@512", "8x tg64@512"]
+    for row in data["rows"]:
+        assert len(row["tokens_per_second"]) == 1
+        assert 0 < row["median"] < math.inf
+        assert row["test"] in text
+    where = data["environment"]
+    assert where["threads"] == 1
+    assert where["commit"]
+    assert "torch" in where["versions"]
+    assert isinstance(where["contended"], bool)
+
+
+def test_profile_counts_every_kernel_and_the_bytes_of_the_weights(model, tmp_path):
+    from bench.profile import matmuls
+    from pyllm import LLM
+
+    out = tmp_path / "figures.json"
+    bench("profile", model, "--depth", 8, "--batch", 2, "--threads", 1, "--out", out)
+    data = json.loads(out.read_text())
+    ops = {op["op"]: op for op in data["ops"]}
+    assert ops["rope_cache"]["count"] == 2
+    weights = list(matmuls(LLM(model).model))
+    assert sum(op["bytes"] for op in data["ops"]) == sum(w.nbytes for w in weights)
+    assert sum(op["count"] for op in data["ops"] if "matmul" in op["op"]) == len(weights)
+
+
+def test_startup_and_interference(model):
+    from bench import interference, startup
+
+    data = startup.measure(model, threads=1, rounds=1, fill=64)
+    assert [row["what"] for row in data["rows"]][:2] == ["import torch", "pyllm"]
+    assert data["memory"][0]["engine"] == "pyllm"
+    assert data["memory"][0]["peak_mb"] > data["memory"][0]["file_mb"]
+    startup.tables(data)
+    data = interference.measure(model, threads=1, rounds=1, n=4, depth=4)
+    conditions = [row["condition"] for row in data["rows"] if row["engine"] == "pyllm"]
+    assert conditions == ["quiet", "busy"]
+    interference.table(data)
+
+
+def test_an_engine_that_is_not_installed_is_absent_and_an_unknown_one_refused():
+    from bench import engines
+
+    found, missing = engines.interpreters()
+    assert found["pyllm"] == sys.executable
+    assert sorted([*found, *missing]) == sorted(engines.ENGINES)
+    with pytest.raises(ValueError, match=r"engine: expected pyllm, .*, got 'unknown'"):
+        engines.interpreters(["unknown"])
+
+
+@pytest.mark.parametrize("quant", ["Q4_0", "Q8_0"])
+def test_random_models_load_and_keep_the_size_of_their_input(tmp_path, quant):
+    from bench import models
+    from pyllm import LLM
+
+    shape = {
+        "hidden": 64, "ffn": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16,
+        "vocab": 400,
+    }  # fmt: skip
+    path = tmp_path / "random.gguf"
+    source = tiny_gguf(tmp_path / "tiny.gguf")
+    models.write_random(path, quant, vocabulary_of=source, shape=shape)
+    llm = LLM(path)
+    assert llm.model.config.vocab_size == 400
+    logits = llm.logits([5, 6, 7])
+    assert logits.isfinite().all()
+    assert 0.2 < logits.std() < 5
+
+
+CANNED = {
+    "environment": {
+        "machine": {"processor": "A processor"}, "threads": 2, "date": "2000-01-01T00:00:00",
+        "commit": "abc", "versions": {"torch": "2"}, "contended": True,
+    },
+    "model": "tiny", "threads": 2, "rounds": 2, "absent": {"another": "not installed"},
+    "limits": {"read_gb_per_s": 20.0, "int8_gops": 500.0},
+    "rows": [
+        {
+            "test": "tg32@16", "depth": 16, "engine": engine, "tokens_per_second": [1.0, 2.0],
+            "median": 1.5, "low": 1.0, "high": 2.0, "ratio": 1.0, "gb_per_s": 5.0,
+        }
+        for engine in ("pyllm", "llama.cpp")
+    ],
+}  # fmt: skip
+
+
+def test_plots_and_the_page_of_results(tmp_path):
+    pytest.importorskip("matplotlib")
+    folder = tmp_path / "device"
+    folder.mkdir()
+    ops = [{"op": "quant_matmul 8 x 8", "count": 2, "microseconds": 3.0, "bytes": 64}]
+    profile = CANNED | {"depth": 8, "batch": 1, "microseconds": 3.0, "ops": ops}
+    for kind, data in {"end_to_end": CANNED, "context": CANNED, "profile": profile}.items():
+        (folder / f"{kind}-tiny.json").write_text(json.dumps(data))
+    bench("plot", tmp_path)
+    for kind in ("end_to_end", "context", "profile"):
+        assert "<svg" in (folder / f"{kind}-tiny.svg").read_text()
+    page = (tmp_path / "README.md").read_text()
+    assert "| tg32@16 | llama.cpp | 1.5 | 1.0 to 2.0 | 1.00 x | 25% of bandwidth |" in page
+    assert "Not measured: another (not installed)." in page
+    assert "Other processes were busy" in page
+    assert "| quant_matmul | timed | no kernel |" in page
