@@ -87,6 +87,8 @@ def test_ctrl_c_stops_cleanly(smollm2):
     process = subprocess.Popen(
         [*PYLLM, "generate", "Count!", "-m", str(smollm2), "-n", "4000", "--ignore-eos"],
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # Shells start background jobs with SIGINT ignored, and a child inherits that.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )  # fmt: skip
     assert process.stdout.read(1)
     time.sleep(0.2)
