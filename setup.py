@@ -62,11 +62,11 @@ class CMakeBuild(build_ext):
 
 
 setup(
-    # kernels/ is at the top level of the repository and pyllm.kernels once installed. It has no
-    # __init__.py, so that it never shadows another package named `kernels`.
-    packages=[*find_packages(include=["pyllm*"]), "pyllm.kernels"],
-    package_dir={"pyllm.kernels": "kernels"},
-    package_data={"pyllm.kernels": ["README.md"]},
+    # kernels/ and bench/ are at the top level of the repository, and in pyllm once installed.
+    # kernels/ has no __init__.py, so that it never shadows another package of that name.
+    packages=[*find_packages(include=["pyllm*"]), "pyllm.kernels", "pyllm.bench"],
+    package_dir={"pyllm.kernels": "kernels", "pyllm.bench": "bench"},
+    package_data={"pyllm.kernels": ["README.md"], "pyllm.bench": ["alice.txt"]},
     ext_modules=[Extension("pyllm._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=missing_tools(),

@@ -14,11 +14,12 @@ from pathlib import Path
 import torch
 from rich.table import Table
 
-from bench import limits
-from bench.engines import Remote, interpreters
 from pyllm.loading import open_checkpoint
 from pyllm.models import describe
 from pyllm.runtime.cache import cache_nbytes
+
+from . import limits
+from .engines import Remote, interpreters
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ def measure(
 
     Args:
         rounds: at most; fewer, but one at least, when `minutes` are over.
-        engines, other: see `bench.engines.interpreters`.
+        engines, other: see `engines.interpreters`.
 
     Returns:
         Tokens per second ``{engine: {test: [one a round]}}``, each engine's peak MB, and why an

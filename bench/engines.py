@@ -1,7 +1,7 @@
 """The engines that end-to-end benchmarks compare, each in a process of its own.
 
 An engine is a class with ``load``, ``prefill`` and ``decode``; adding one is a class here and a
-row in `ENGINES`. ``python -m bench.engines NAME MODEL THREADS`` serves one over its standard
+row in `ENGINES`. This module, run with ``NAME MODEL THREADS``, serves one over its standard
 streams, a JSON line a request; `Remote` is the other end. Separate processes keep one engine's
 waiting threads and memory out of another's figures, and let a peer live in an environment of its
 own: `interpreters` finds each.
@@ -24,11 +24,14 @@ class Pyllm:
 
     package = "pyllm"
 
+    def __init__(self, **options):
+        self.options = options  # of `LLM`
+
     def load(self, model, threads):
         from pyllm import _C, LLM
 
         _C.set_num_threads(threads)
-        self.llm = LLM(model, max_context=CONTEXT)
+        self.llm = LLM(model, max_context=CONTEXT, **self.options)
         self.vocab = self.llm.model.config.vocab_size
 
     def prefill(self, ids):
@@ -128,7 +131,7 @@ class Transformers:
     def load(self, model, threads):
         import torch
 
-        from bench.models import hf_from_gguf
+        from .huggingface import hf_from_gguf
 
         torch.set_num_threads(threads)
         self.torch = torch
@@ -171,7 +174,7 @@ class OpenVINO:
     def load(self, model, threads):
         import openvino_genai
 
-        from bench.models import converted
+        from .models import converted
 
         folder = converted(model, "openvino", *self.convert)
         self.genai = openvino_genai
@@ -212,7 +215,7 @@ class OnnxRuntime:
     def load(self, model, threads):
         import onnxruntime_genai
 
-        from bench.models import converted
+        from .models import converted
 
         folder = converted(model, "onnxruntime", *self.convert)
         self.genai = onnxruntime_genai
@@ -330,7 +333,7 @@ class Remote:
     def __init__(self, name, model, threads, python=sys.executable):
         self.name = name
         self._process = subprocess.Popen(
-            [python, "-m", "bench.engines", name, str(model), str(threads)],
+            [python, "-m", f"{__package__}.engines", name, str(model), str(threads)],
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
             env=os.environ | {"OMP_NUM_THREADS": str(threads)},
         )  # fmt: skip

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bench.engines import Remote, interpreters
+from .engines import Remote, interpreters
 
 ENGINES = ("pyllm", "llama.cpp")
 

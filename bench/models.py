@@ -19,7 +19,6 @@ import numpy as np
 from pyllm.loading import resolve
 from pyllm.loading.pull import cache_dir
 
-TESTS = Path(__file__).parents[1] / "tests"
 LLAMA_1B = {
     "hidden": 2048, "ffn": 8192, "layers": 16, "heads": 32, "kv_heads": 8, "head_dim": 64,
     "vocab": 128256,
@@ -133,6 +132,8 @@ def huggingface(gguf_path) -> Path:
     if not target.exists():
         import transformers
 
+        from .huggingface import hf_from_gguf
+
         with _written(target) as work:
             hf_from_gguf(gguf_path).save_pretrained(work)
             tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -140,14 +141,6 @@ def huggingface(gguf_path) -> Path:
             )
             tokenizer.save_pretrained(work)
     return target
-
-
-def hf_from_gguf(path):
-    """The transformers model in float32 with the dequantized weights of a GGUF file."""
-    sys.path.insert(0, str(TESTS))
-    from tiny_models import hf_from_gguf
-
-    return hf_from_gguf(path)
 
 
 def converted(gguf_path, engine, *command) -> Path:
@@ -161,7 +154,7 @@ def converted(gguf_path, engine, *command) -> Path:
     target = cache_dir() / "bench" / f"{gguf_path.stem}-{engine}"
     if not target.exists():
         # In processes of their own: this one's memory is measured.
-        code = "import sys; from bench.models import huggingface; print(huggingface(sys.argv[1]))"
+        code = f"import sys; from {__name__} import huggingface; print(huggingface(sys.argv[1]))"
         made = subprocess.check_output([sys.executable, "-c", code, str(gguf_path)], text=True)
         source = made.splitlines()[-1]
         with _written(target) as work:

@@ -1,4 +1,4 @@
-"""Draws the results of a device's folder as SVG: ``python -m bench plot``."""
+"""Draws the results of a device's folder as SVG: ``pyllm bench plot``."""
 
 import json
 import statistics

@@ -5,17 +5,16 @@ medians of the rounds'. The tokens are compared: they must be the same.
 """
 
 import statistics
-from pathlib import Path
 from typing import Annotated
 
 import typer
 
-ALICE = Path(__file__).parents[1] / "tests/data/alice.txt"
+from .perplexity import TEXT
 
 
 def prompts() -> dict[str, str]:
     """What is asked: some answers repeat much of the question, others nothing."""
-    text = " ".join(ALICE.read_text(encoding="utf-8").split())
+    text = " ".join(TEXT.read_text(encoding="utf-8").split())
     paragraph = text[text.index("Alice was beginning") :][:900].rsplit(".", 1)[0] + "."
     return {
         "repeat": f"Repeat the following text exactly:\n\n{paragraph}",

@@ -11,10 +11,11 @@ import time
 
 import torch
 
-from bench import limits
 from pyllm import _C
 from pyllm.ops import quant_matmul, quantize_activation
 from pyllm.quant import QuantTensor, memory, packing
+
+from . import limits
 
 # (N, K): attention's output, the fused q, k, v, gate and up, down, the output head.
 MODELS = {

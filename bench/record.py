@@ -9,7 +9,13 @@ import time
 from importlib import metadata
 from pathlib import Path
 
+import pyllm
 from pyllm.cli.report import machine
+
+HERE = Path(__file__).parent
+CHECKOUT = HERE.parent if (HERE.parent / "setup.py").exists() else None
+# With a folder a device: in the repository if this is a checkout of it, else in the current folder.
+RESULTS = HERE / "results" if CHECKOUT else Path("bench-results")
 
 PACKAGES = [
     "torch", "numpy", "llama-cpp-python", "transformers", "openvino", "openvino-genai",
@@ -56,9 +62,11 @@ def _ticks():
 
 
 def commit() -> str:
-    """The commit that is measured; ``-dirty`` if files differ from it."""
+    """The commit that is measured, ``-dirty`` if files differ from it; installed, the version."""
+    if CHECKOUT is None:
+        return f"pyllm {pyllm.__version__}"
     command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent)
+    run = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
     return run.stdout.strip() or "unknown"
 
 
@@ -79,7 +87,7 @@ def versions(other=None) -> dict:
         except metadata.PackageNotFoundError:
             continue
     if other:
-        code = "import json; from bench.record import versions; print(json.dumps(versions()))"
+        code = f"import json; from {__name__} import versions; print(json.dumps(versions()))"
         run = subprocess.run([other, "-c", code], stdout=subprocess.PIPE, text=True)
         if run.returncode == 0:
             found = json.loads(run.stdout) | found

@@ -11,7 +11,7 @@ def write(root) -> Path:
     root = Path(root)
     lines = [
         "# Results", "",
-        "Written by `python -m bench plot` from the JSON files beside it; do not edit.", "",
+        "Written by `pyllm bench plot` from the JSON files beside it; do not edit.", "",
         "Engines take turns in every round, each in a process of its own; figures are medians,"
         " ratios the medians of the rounds' ratios.", "",
     ]  # fmt: skip
@@ -43,8 +43,7 @@ def _device(folder):
         if (folder / f"{name}.svg").exists():
             lines += [f"![{name}]({folder.name}/{name}.svg)", ""]
     return [
-        *lines, "Reproduce, from the root of the repository:", "",
-        "```sh", f"python -m bench all --out bench/results/{folder.name}", "```", "",
+        *lines, "Reproduce:", "", "```sh", f"pyllm bench all --out {folder.name}", "```", "",
     ]  # fmt: skip
 
 

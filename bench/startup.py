@@ -14,7 +14,7 @@ from pathlib import Path
 
 from rich.table import Table
 
-from bench.engines import CONTEXT, Remote, interpreters
+from .engines import CONTEXT, Remote, interpreters
 
 PROMPT = (
     "The history of the lighthouse begins long before the first tower was built: people "
@@ -48,7 +48,7 @@ def first_byte(command, threads) -> float:
 
 def import_mb(package) -> float:
     """Peak resident MB of a process that only imports a package."""
-    code = f"import {package}; from bench.engines import peak_mb; print(peak_mb())"
+    code = f"import {package}; from {__package__}.engines import peak_mb; print(peak_mb())"
     return float(subprocess.check_output([sys.executable, "-c", code], text=True))
 
 

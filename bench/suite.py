@@ -2,7 +2,7 @@
 
 import time
 
-from bench import end_to_end, interference, limits, models, profile, record, startup
+from . import end_to_end, interference, limits, models, profile, record, startup
 
 
 def run(folder, names, *, threads, rounds, minutes, other=None, progress=lambda text: None):

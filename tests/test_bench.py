@@ -7,25 +7,66 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 from tiny_models import tiny_gguf
+
+from pyllm import LLM
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[1]
-sys.path.insert(0, str(ROOT))  # bench is not installed
 
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
-    return tiny_gguf(tmp_path_factory.mktemp("bench") / "tiny.gguf", context=2048)
+    return tiny_gguf(
+        tmp_path_factory.mktemp("bench") / "tiny.gguf", embedding_quant="Q8_0", context=2048
+    )
 
 
-def bench(*arguments):
+def bench(*arguments, command=("-m", "pyllm", "bench")):
     run = subprocess.run(
-        [sys.executable, "-m", "bench", *map(str, arguments)],
+        [sys.executable, *command, *map(str, arguments)],
         capture_output=True, text=True, cwd=ROOT, timeout=300,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     return run.stdout
+
+
+def test_the_repository_has_the_command_too():
+    """``python -m bench`` there is ``pyllm bench``."""
+    assert bench("--help", command=("-m", "bench")) == bench("--help")
+
+
+def test_mistakes_are_told():
+    """One line and exit code 2, as of every command."""
+    for arguments, message in ((["nothing"], "nothing"), (["profile", "no-model"], "no-model")):
+        command = [sys.executable, "-m", "pyllm", "bench", *arguments]
+        run = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
+        assert run.returncode == 2
+        assert message in run.stderr
+        assert "Traceback" not in run.stderr
+
+
+def test_perplexity(model, tmp_path):
+    """Of both heads; of the file's own as computed here from its logits."""
+    from pyllm.bench.perplexity import losses
+
+    out, text = tmp_path / "figures.json", tmp_path / "text.txt"
+    text.write_text("the other one and the other reading, in the end, " * 8)
+    shown = bench("perplexity", model, "--text", text, "--rounds", 1, "--threads", 1, "--out", out)
+    data = json.loads(out.read_text())
+    own, rounded = data["rows"]
+    llm = LLM(model)
+    ids = llm.tokenizer.encode(text.read_text())
+    logprobs = llm.logits(ids).log_softmax(-1)[range(len(ids) - 1), ids[1:]]
+    assert own["perplexity"] == pytest.approx(logprobs.mean().neg().exp().item(), rel=1e-5)
+    assert data["tokens"] == len(ids) - 1
+    assert data["cost"] == pytest.approx(rounded["perplexity"] / own["perplexity"] - 1, abs=1e-9)
+    assert f"{data['cost']:+.2%}" in shown
+    pieces = torch.cat([losses(llm, ids[i : i + 50]) for i in range(0, len(ids), 50)])
+    assert torch.equal(losses(llm, ids, piece=50), pieces)
+    with pytest.raises(ValueError, match="text: expected at least two tokens, got 1"):
+        losses(llm, ids[:1])
 
 
 def test_end_to_end(model, tmp_path):
@@ -48,11 +89,10 @@ def test_end_to_end(model, tmp_path):
 
 
 def test_profile_counts_every_kernel_and_the_bytes_of_the_weights(model, tmp_path):
-    from bench.profile import matmuls
-    from pyllm import LLM
+    from pyllm.bench.profile import matmuls
 
     out = tmp_path / "figures.json"
-    bench("profile", model, "--depth", 8, "--batch", 2, "--threads", 1, "--out", out)
+    bench("--profile", model, "--depth", 8, "--batch", 2, "--threads", 1, "--out", out)
     data = json.loads(out.read_text())
     ops = {op["op"]: op for op in data["ops"]}
     assert ops["rope_cache"]["count"] == 2
@@ -62,7 +102,7 @@ def test_profile_counts_every_kernel_and_the_bytes_of_the_weights(model, tmp_pat
 
 
 def test_startup_and_interference(model):
-    from bench import interference, startup
+    from pyllm.bench import interference, startup
 
     data = startup.measure(model, threads=1, rounds=1, fill=64)
     assert [row["what"] for row in data["rows"]][:2] == ["import torch", "pyllm"]
@@ -76,7 +116,7 @@ def test_startup_and_interference(model):
 
 
 def test_an_engine_that_is_not_installed_is_absent_and_an_unknown_one_refused():
-    from bench import engines
+    from pyllm.bench import engines
 
     found, missing = engines.interpreters()
     assert found["pyllm"] == sys.executable
@@ -87,8 +127,7 @@ def test_an_engine_that_is_not_installed_is_absent_and_an_unknown_one_refused():
 
 @pytest.mark.parametrize("quant", ["Q4_0", "Q8_0"])
 def test_random_models_load_and_keep_the_size_of_their_input(tmp_path, quant):
-    from bench import models
-    from pyllm import LLM
+    from pyllm.bench import models
 
     shape = {
         "hidden": 64, "ffn": 128, "layers": 2, "heads": 4, "kv_heads": 2, "head_dim": 16,

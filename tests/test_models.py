@@ -6,13 +6,13 @@ kernels round activations to 8 bits, and PyTorch's own error is that of the same
 reference backend with its activations so rounded; the reference backend itself is held to float32.
 """
 
-from pathlib import Path
-
 import gguf
 import pytest
 import torch
 from compare import EPS, assert_close
-from tiny_models import hf_from_gguf, tiny_gguf, tiny_hf
+from pyllm.bench.huggingface import hf_from_gguf
+from pyllm.bench.perplexity import TEXT
+from tiny_models import tiny_gguf, tiny_hf
 
 from pyllm import LLM, QuantTensor
 from pyllm.models import ModelError
@@ -204,7 +204,7 @@ def test_greedy_text_is_hugging_faces(real, prompt):
 def test_perplexity_and_logits_of_a_text(real):
     """Within one percent of float32, on the opening of Alice's Adventures in Wonderland (1865)."""
     ours, theirs = real
-    text = (Path(__file__).parent / "data" / "alice.txt").read_text()
+    text = TEXT.read_text()
     ids = ours.tokenizer.encode(text)
     assert len(ids) > 500
     mine = ours.logits(ids)
@@ -217,3 +217,26 @@ def test_perplexity_and_logits_of_a_text(real):
 
     assert abs(perplexity(mine) / perplexity(exact) - 1) < 0.01
     assert cosine(mine, exact) > 0.999
+
+
+@pytest.mark.parametrize("tied", [True, False], ids=["tied", "untied"])
+@pytest.mark.parametrize(("quant", "bits"), [("Q8_0", 4), ("F16", 4), ("F32", 8), ("Q6_K", 4)])
+def test_head_bits_round_the_head_and_nothing_else(tied, quant, bits, tmp_path):
+    path = tiny_gguf(tmp_path / "m.gguf", quant=quant, tied=tied)
+    plain, rounded = load(path), load(path, head_bits=bits)
+    table, head = (m.weights[0] for m in (plain.model.head, rounded.model.head))
+    if isinstance(table, QuantTensor):
+        table = table.dequantize()
+    expected = QuantTensor.from_float(table.float(), bits=bits, refits=2)
+    assert torch.equal(head.packed, expected.packed)
+    plain.model.head.weights[0] = head
+    plain.model.head.quantize = head.group_size
+    assert torch.equal(rounded.logits(IDS), plain.logits(IDS))
+
+
+def test_head_bits_are_an_upper_limit(tmp_path):
+    """A head that has no more of them stays as it is."""
+    path = tiny_gguf(tmp_path / "m.gguf", quant="Q4_0")
+    assert torch.equal(load(path, head_bits=4).logits(IDS), load(path).logits(IDS))
+    with pytest.raises(ValueError, match="head_bits: expected None, 4 or 8, got 3"):
+        load(path, head_bits=3)

@@ -148,13 +148,20 @@ def test_installs(how, source, fresh_python, tmp_path):
     installed = source / "pyllm" if how.startswith("editable") else fresh_python.parents[1]
     code = (
         "import pyllm.kernels, pyllm._C; from importlib.metadata import version; "
-        "print(pyllm._C.__file__, pyllm.kernels.__path__[0], version('pyllm'), sep='\\n')"
+        "from pyllm.bench import perplexity, record; "
+        "print(pyllm._C.__file__, pyllm.kernels.__path__[0], version('pyllm'),"
+        " perplexity.TEXT, record.RESULTS, sep='\\n')"
     )
     for folder in [tmp_path, source] if how.startswith("editable") else [tmp_path]:
-        extension, kernels, version = python(
+        extension, kernels, version, text, results = python(
             code, executable=fresh_python, cwd=folder, env=env
         ).split("\n")
         assert installed in Path(extension).parents
         assert (Path(kernels) / "README.md").exists()
         assert version == pyllm.__version__
-    assert (fresh_python.parent / "pyllm").exists()
+        assert "Alice" in Path(text).read_text()
+        in_tree = source / "bench/results" if how.startswith("editable") else Path("bench-results")
+        assert Path(results) == in_tree
+    command = [fresh_python.parent / "pyllm", "bench", "--help"]
+    shown = subprocess.run(command, capture_output=True, text=True, env=env, cwd=tmp_path)
+    assert "end_to_end" in shown.stdout

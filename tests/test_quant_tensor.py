@@ -105,6 +105,34 @@ def test_from_float_rounds_to_the_nearest_quant(bits, group, symmetric, shape):
     assert (error <= allowed).all()
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_from_float_rounds_rows_on_their_own_and_takes_a_quant_tensor(symmetric):
+    """As many rows as are rounded at a time, and some more that do not fill a panel."""
+    w = rand(4096 + 20, 32)
+    whole = QuantTensor.from_float(w, symmetric=symmetric)
+    parts = [QuantTensor.from_float(part, symmetric=symmetric) for part in w.split(2000)]
+    assert torch.equal(whole.dequantize(), torch.cat([part.dequantize() for part in parts]))
+    fine = QuantTensor.from_float(w, bits=8, symmetric=True)
+    again = QuantTensor.from_float(fine, symmetric=symmetric)
+    expected = QuantTensor.from_float(fine.dequantize(), symmetric=symmetric)
+    assert torch.equal(again.packed, expected.packed)
+
+
+def test_refits_bring_no_group_further_away():
+    w = rand(64, 128)
+    w[0] = 3.0  # constants, one of them of one group only
+    w[1, :32] = 0.0
+
+    def error(refits):
+        weight = QuantTensor.from_float(w, refits=refits)
+        return (weight.dequantize() - w).unflatten(1, (-1, 32)).square().sum(2)
+
+    errors = [error(refits) for refits in range(4)]
+    for fewer, more in itertools.pairwise(errors):
+        assert (more <= fewer * (1 + 1e-6) + 1e-12).all()
+    assert errors[2].sum() < 0.95 * errors[0].sum()
+
+
 def test_from_float_keeps_constants_and_zeros():
     w = torch.tensor([[0.0] * 32 + [2.5] * 32])
     for symmetric in (False, True):

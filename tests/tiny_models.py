@@ -1,13 +1,13 @@
 """Small random checkpoints in the formats that we read, written by other people's libraries.
 
-`tiny_gguf` writes with the gguf package, `tiny_hf` with transformers; `hf_from_gguf` is the same
-model in transformers with the GGUF file's weights dequantized, the oracle of the parity tests.
+`tiny_gguf` writes with the gguf package, `tiny_hf` with transformers.
 """
 
 import json
 from pathlib import Path
 
 import numpy as np
+from pyllm.bench.huggingface import rope_arguments
 
 # Byte offsets of the fp16 scale and (positive) minimum in a K-quant's block, and the scale that
 # makes weights of size 1: the gguf package reads these types but does not write them.
@@ -67,12 +67,6 @@ def quantized(weight, quant, rng):
 def interleave(weight, heads):
     """Rows of a q or k projection from Hugging Face's order (halves) to GGUF's llama (pairs)."""
     rows = weight.reshape(heads, 2, -1, *weight.shape[1:])
-    return rows.swapaxes(1, 2).reshape(weight.shape)
-
-
-def deinterleave(weight, heads):
-    """The inverse of `interleave`."""
-    rows = weight.reshape(heads, -1, 2, *weight.shape[1:])
     return rows.swapaxes(1, 2).reshape(weight.shape)
 
 
@@ -227,95 +221,6 @@ def _write_tokenizer(writer, kind):
     writer.add_eos_token_id(2)
 
 
-# GGUF tensor -> Hugging Face parameter
-TOP_NAMES = {
-    "token_embd.weight": "model.embed_tokens.weight",
-    "output_norm.weight": "model.norm.weight",
-    "output.weight": "lm_head.weight",
-}
-BLOCK_NAMES = {
-    "attn_norm": "input_layernorm",
-    "attn_q": "self_attn.q_proj",
-    "attn_k": "self_attn.k_proj",
-    "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj",
-    "attn_q_norm": "self_attn.q_norm",
-    "attn_k_norm": "self_attn.k_norm",
-    "ffn_norm": "post_attention_layernorm",
-    "ffn_gate": "mlp.gate_proj",
-    "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj",
-}
-
-
-def hf_name(name):
-    """The Hugging Face name of a GGUF tensor of a llama-like model; None for rope_freqs."""
-    if name == "rope_freqs.weight":
-        return None
-    if name in TOP_NAMES:
-        return TOP_NAMES[name]
-    _, layer, part, kind = name.split(".")
-    return f"model.layers.{layer}.{BLOCK_NAMES[part]}.{kind}"
-
-
-def hf_from_gguf(path, rope_scaling=None):
-    """The transformers model in float32 with the dequantized weights of a GGUF file.
-
-    Args:
-        rope_scaling: Hugging Face's dict, where the file scales (it cannot be read back).
-    """
-    import gguf
-    import torch
-    import transformers
-
-    reader = gguf.GGUFReader(str(path))
-    # The fields by hand: contents() of the token list would take seconds.
-    get = {k: f.contents() for k, f in reader.fields.items() if len(f.data) == 1}
-    arch = get["general.architecture"]
-    get = {k.removeprefix(f"{arch}."): v for k, v in get.items()}
-    heads = get["attention.head_count"]
-    tensors = {t.name: t for t in reader.tensors}
-    kind = {"llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3"}[arch]
-    config = getattr(transformers, f"{kind}Config")(
-        vocab_size=int(tensors["token_embd.weight"].shape[1]),
-        hidden_size=get["embedding_length"],
-        intermediate_size=get["feed_forward_length"],
-        num_hidden_layers=get["block_count"],
-        num_attention_heads=heads,
-        num_key_value_heads=get["attention.head_count_kv"],
-        head_dim=get.get("attention.key_length", get["embedding_length"] // heads),
-        max_position_embeddings=get["context_length"],
-        rms_norm_eps=get["attention.layer_norm_rms_epsilon"],
-        tie_word_embeddings="output.weight" not in tensors,
-        **_rope(get["rope.freq_base"], rope_scaling),
-    )
-    state = {}
-    for name, tensor in tensors.items():
-        target = hf_name(name)
-        if target is None:
-            continue
-        weight = gguf.quants.dequantize(tensor.data, tensor.tensor_type).astype(np.float32)
-        if arch == "llama" and ".attn_q." in name:
-            weight = deinterleave(weight, heads)
-        if arch == "llama" and ".attn_k." in name:
-            weight = deinterleave(weight, get["attention.head_count_kv"])
-        state[target] = torch.from_numpy(weight.copy())
-    state.setdefault("lm_head.weight", state["model.embed_tokens.weight"])
-    model = getattr(transformers, f"{kind}ForCausalLM")(config).float().eval()
-    model.load_state_dict(state)
-    return model
-
-
-def _rope(theta, scaling):
-    """The rope arguments of a config, in the form of transformers 4 or 5."""
-    import transformers
-
-    if int(transformers.__version__.split(".")[0]) >= 5:
-        parameters = {"rope_type": "default", **(scaling or {}), "rope_theta": theta}
-        return {"rope_parameters": parameters}
-    return {"rope_theta": theta, "rope_scaling": scaling}
-
-
 def tiny_hf(
     path,
     kind="llama",
@@ -359,7 +264,7 @@ def tiny_hf(
         bos_token_id=1,
         eos_token_id=2,
         initializer_range=1.5 / hidden**0.5,
-        **_rope(theta, rope_scaling),
+        **rope_arguments(theta, rope_scaling),
         **config,
     )
     torch.manual_seed(seed)

@@ -1,4 +1,4 @@
-"""The command line: ``pyllm generate | chat | info | pull``.
+"""The command line: ``pyllm generate | chat | info | pull | bench``.
 
 Text goes to standard output, everything about it to standard error. Exit codes: 0; 2 for bad input,
 with one line that says what was expected and what came; 130 after Ctrl-C.

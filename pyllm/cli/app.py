@@ -27,6 +27,9 @@ System = Annotated[str | None, typer.Option(help="The system message of the conv
 Quantize = Annotated[
     str | None, typer.Option(help="int8 or int4: round matrices that the file keeps unquantized.")
 ]
+HeadBits = Annotated[
+    int | None, typer.Option(help="4: a faster output head; `pyllm bench perplexity`: its cost.")
+]
 MaxNewTokens = Annotated[int | None, typer.Option("--max-new-tokens", "-n")]
 Temperature = Annotated[float, typer.Option(help="0 takes the most likely token.")]
 TopK = Annotated[int, typer.Option(help="Keep the k most likely tokens; 0 keeps all.")]
@@ -58,22 +61,18 @@ def generate(
     ignore_eos: Annotated[bool, typer.Option(help="Go on after the end of the text.")] = False,
     max_context: MaxContext = None,
     quantize: Quantize = None,
+    head_bits: HeadBits = None,
     as_json: Json = False,
     debug: Debug = False,
 ):
     """Answer one prompt."""
+    params, load = _options(locals())
     if prompt == "-":
         prompt = sys.stdin.read()
     if not prompt or not prompt.strip():
         raise ValueError("prompt: expected some text, got an empty string")
-    params = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed,
-        "prompt_lookup_num_tokens": prompt_lookup,
-        "stop_strings": tuple(stop or ()), "ignore_eos": ignore_eos,
-    }  # fmt: skip
-    llm = _load(model, params, max_context=max_context, quantize=quantize)
+    params |= {"stop_strings": tuple(stop or ()), "ignore_eos": ignore_eos}
+    llm = _load(model, params, load)
     if raw or not llm.tokenizer.chat_template:
         if system:
             raise ValueError("--system: expected a model with a chat template and no --raw")
@@ -108,18 +107,14 @@ def chat(
     prompt_lookup: PromptLookup = None,
     max_context: MaxContext = None,
     quantize: Quantize = None,
+    head_bits: HeadBits = None,
     debug: Debug = False,
 ):
     """Talk to a model. Ctrl-C stops an answer, Ctrl-D ends the chat."""
+    params, load = _options(locals())
     from pyllm.cli.chat import converse
 
-    params = {
-        "max_new_tokens": max_new_tokens, "temperature": temperature,
-        "top_k": top_k, "top_p": top_p, "min_p": min_p,
-        "repetition_penalty": repetition_penalty, "seed": seed,
-        "prompt_lookup_num_tokens": prompt_lookup,
-    }  # fmt: skip
-    converse(_load(model, params, max_context=max_context, quantize=quantize), system, params)
+    converse(_load(model, params, load), system, params)
 
 
 @app.command()
@@ -154,7 +149,28 @@ def pull(
     print(json.dumps({"model": model, "path": str(path)}) if as_json else path)
 
 
-def _load(model, params, **options):
+@app.command(
+    add_help_option=False,
+    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
+)
+def bench(context: typer.Context, debug: Debug = False):
+    """Measure kernels and whole models, beside their peers; --profile [MODEL] profiles a step."""
+    from pyllm.bench.app import main
+
+    return main(context.args)
+
+
+def _options(given):
+    """Of a command's arguments: those of `SamplingParams`, and those of `LLM`."""
+    sampling = (
+        "max_new_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "seed",
+    )  # fmt: skip
+    params = {name: given[name] for name in sampling}
+    params["prompt_lookup_num_tokens"] = given["prompt_lookup"]
+    return params, {name: given[name] for name in ("max_context", "quantize", "head_bits")}
+
+
+def _load(model, params, options):
     from pyllm.runtime.llm import LLM
     from pyllm.runtime.sampling import SamplingParams
 

@@ -11,12 +11,13 @@ __all__ = ["DecoderConfig", "ModelError", "build", "describe"]
 FAMILIES = [(llama, llama.Llama)]
 
 
-def build(checkpoint, *, quantize=None, progress=None):
+def build(checkpoint, *, quantize=None, head_bits=None, progress=None):
     """The model of a checkpoint, its weights loaded and packed.
 
     Args:
         checkpoint: from `pyllm.loading.open_checkpoint`.
         quantize: None, ``"int8"`` or ``"int4"``: round unquantized matrices.
+        head_bits: None, 4 or 8: round the output head.
         progress: called with ``(bytes done, bytes in all)`` after each matrix.
 
     Raises:
@@ -25,7 +26,7 @@ def build(checkpoint, *, quantize=None, progress=None):
     """
     family, model = _family(checkpoint)
     config = describe(checkpoint)
-    return model(config, Weights(checkpoint, family, quantize, progress)).eval()
+    return model(config, Weights(checkpoint, family, quantize, head_bits, progress)).eval()
 
 
 def describe(checkpoint) -> DecoderConfig:

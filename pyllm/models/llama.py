@@ -6,7 +6,7 @@ policy and no sampling.
 
 from torch import nn
 
-from pyllm.nn import Embedding, FusedLinear, rotary_table
+from pyllm.nn import Embedding, rotary_table
 from pyllm.ops import embedding, paged_attention, rope_cache, silu_mul
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -117,10 +117,7 @@ class Llama(nn.Module):
         self.embed = Embedding(weights.matrix("embed", n=config.vocab_size, k=config.hidden_size))
         self.blocks = nn.ModuleList(Block(config, weights.layer(i)) for i in range(config.n_layers))
         self.norm = weights.rms_norm("norm", config.hidden_size, config.norm_eps)
-        if weights.has("head"):
-            self.head = weights.linear("head", k=config.hidden_size, n=[config.vocab_size])
-        else:
-            self.head = FusedLinear([self.embed.weight])
+        self.head = weights.head(self.embed.weight, k=config.hidden_size, n=config.vocab_size)
         self.factors = weights.vector("rope_factors", config.rope_dim // 2)
         self.angles = None
 

@@ -19,12 +19,15 @@ class Weights:
     second copy of more than one tensor.
     """
 
-    def __init__(self, checkpoint, family, quantize=None, progress=None):
+    def __init__(self, checkpoint, family, quantize=None, head_bits=None, progress=None):
         if quantize not in _QUANTIZE:
             raise ValueError(f"quantize: expected None, 'int8' or 'int4', got {quantize!r}")
+        if head_bits not in (None, 4, 8):
+            raise ValueError(f"head_bits: expected None, 4 or 8, got {head_bits!r}")
         self._checkpoint = checkpoint
         self._family = family
         self._quantize = quantize
+        self._head_bits = head_bits
         self._layer = None
         self._progress = progress
         # One list for all layers' views of this: bytes done, bytes in all.
@@ -80,6 +83,23 @@ class Weights:
         weights = [self._pack([infos[i] for i in group], bits) for group in groups]
         biases = [self._bias([names[i] for i in group], [n[i] for i in group]) for group in groups]
         return FusedLinear(weights, biases, [[n[i] for i in group] for group in groups])
+
+    def head(self, embedding, *, k: int, n: int) -> FusedLinear:
+        """The output head, or the embedding if the checkpoint has no head of its own.
+
+        With `head_bits` it is rounded. The embedding stays what it was also where it is the same
+        matrix: a row of it is all that a token reads, and a head of 4 bits adds 5 bits a weight to
+        the 8.5 of Q8_0 or the 16 of a float.
+        """
+        own = self.has("head")
+        head = self.linear("head", k=k, n=[n]) if own else FusedLinear([embedding])
+        bits = self._head_bits
+        if bits is None or getattr(head.weights[0], "bits", 16) <= bits:
+            return head
+        if k % 32:
+            raise ModelError(f"head_bits: expected a hidden size in groups of 32, got {k}")
+        rounded = QuantTensor.from_float(head.weights[0], bits=bits, refits=2)
+        return FusedLinear([rounded], head.biases)
 
     def _bias(self, names, sizes):
         parts = [

@@ -39,6 +39,8 @@ class LLM:
         max_batch: sequences that run at once; more wait their turn.
         quantize: None keeps the weights as they are in the file; ``"int8"`` or ``"int4"`` rounds
             unquantized matrices to that many bits in groups of 32.
+        head_bits: None keeps the output head as it is; 4 (or 8) rounds one of more bits. Decoding
+            reads fewer bytes then, and the text is worse by what ``pyllm bench perplexity`` says.
         backend: of all ops; None chooses, see `pyllm.ops.registry`.
         replay: False runs every step from Python, for debugging; the text is the same.
         progress: called with ``(bytes done, bytes in all)`` while weights are loaded.
@@ -49,7 +51,7 @@ class LLM:
 
     def __init__(
         self, model=DEFAULT_MODEL, *, device=None, dtype=None, max_context=None, max_batch=8,
-        max_tokens=512, quantize=None, backend=None, replay=True, progress=None,
+        max_tokens=512, quantize=None, head_bits=None, backend=None, replay=True, progress=None,
     ):  # fmt: skip
         if device not in (None, "cpu"):
             raise ValueError(f"device: expected 'cpu' (this version has no other), got {device!r}")
@@ -60,7 +62,9 @@ class LLM:
             raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
         self.path = resolve(model)
         self.checkpoint = open_checkpoint(self.path)
-        self.model = build(self.checkpoint, quantize=quantize, progress=progress)
+        self.model = build(
+            self.checkpoint, quantize=quantize, head_bits=head_bits, progress=progress
+        )
         limit = self.model.config.max_context
         self.max_context = (
             default_context(self.model.config) if max_context is None else max_context

@@ -1,0 +1,188 @@
+"""The commands of ``pyllm bench``. Each measures, prints, and writes JSON if asked to."""
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+app = typer.Typer(no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False)
+Model = Annotated[
+    str,
+    typer.Option("--model", help="smollm2-135m, smollm2-135m-q4_0, random-1b-q4_0, "
+    "random-1b-q8_0, another known name, a GGUF file or a directory."),
+]  # fmt: skip
+Threads = Annotated[int | None, typer.Option(help="Default: all that this process may use.")]
+Rounds = Annotated[int, typer.Option(help="After one to warm up.", min=1)]
+Minutes = Annotated[float | None, typer.Option(help="End after the round that passes them.")]
+Out = Annotated[Path | None, typer.Option(help="Write the figures there as JSON.")]
+Engines = Annotated[list[str] | None, typer.Option("--engine", help="Only these; repeatable.")]
+Other = Annotated[
+    str | None, typer.Option(help="Python of another environment, for peers that live there.")
+]
+DEFAULT = "smollm2-135m"
+
+
+def main(arguments):
+    """Runs a command."""
+    if arguments[:1] == ["--profile"]:
+        arguments = ["profile", *arguments[1:]]
+    return app(args=arguments, prog_name="pyllm bench", standalone_mode=False)
+
+
+@app.callback()
+def about():
+    """Measures kernels and whole models, beside their peers. --profile is short for profile."""
+
+
+@app.command(name="end_to_end")
+def end_to_end(
+    model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, minutes: Minutes = None,
+    engine: Engines = None, peers_python: Other = None, out: Out = None,
+):  # fmt: skip
+    """pp512, tg128 and more, in the manner of llama-bench; peers that are installed take turns."""
+    from . import end_to_end as e2e
+
+    _run(
+        e2e.report, e2e.table, out, model, threads, rounds=rounds, minutes=minutes,
+        engines=engine, other=peers_python,
+    )  # fmt: skip
+
+
+@app.command()
+def context(
+    model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, minutes: Minutes = None,
+    out: Out = None,
+):  # fmt: skip
+    """Decoding after 16 to 1900 tokens."""
+    from . import end_to_end as e2e
+
+    _run(
+        e2e.report, e2e.table, out, model, threads, rounds=rounds, minutes=minutes,
+        engines=list(e2e.SAME_BYTES), tests=e2e.DEPTHS,
+    )  # fmt: skip
+
+
+@app.command()
+def interference(
+    model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, out: Out = None
+):
+    """Decoding while another process keeps a core busy."""
+    from . import interference as i
+
+    _run(i.measure, i.table, out, model, threads, rounds=rounds)
+
+
+@app.command()
+def startup(model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, out: Out = None):
+    """From process start to first token, and peak memory."""
+    from . import startup as s
+
+    _run(s.measure, s.tables, out, model, threads, rounds=rounds)
+
+
+@app.command()
+def profile(
+    model: Annotated[str, typer.Argument(help="As --model elsewhere.")] = DEFAULT,
+    depth: int = 512, batch: int = 1, threads: Threads = None, out: Out = None,
+):  # fmt: skip
+    """Where each microsecond of a decoding step goes, by op."""
+    from . import profile as p
+
+    _run(p.measure, p.table, out, model, threads, depth=depth, batch=batch)
+
+
+@app.command()
+def perplexity(
+    model: Annotated[str, typer.Argument(help="As --model elsewhere.")] = DEFAULT,
+    text: Annotated[Path | None, typer.Option(help="A text; default: Alice in Wonderland.")] = None,
+    head_bits: Annotated[int, typer.Option(help="Of the head that is compared: 4 or 8.")] = 4,
+    threads: Threads = None, rounds: Rounds = 5, out: Out = None,
+):  # fmt: skip
+    """What an output head of 4 bits costs in perplexity, and gains in speed."""
+    from . import perplexity as p
+
+    _run(p.measure, p.table, out, model, threads, text=text, head_bits=head_bits, rounds=rounds)
+
+
+@app.command(name="all")
+def everything(
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="Folder; default: bench/results/<device> in the repository, elsewhere "
+            "bench-results/<device> in the current folder."
+        ),
+    ] = None,
+    threads: Threads = None,
+    rounds: Rounds = 7,
+    minutes: Annotated[float, typer.Option(help="For all together, about.")] = 25,
+    model: Annotated[list[str] | None, typer.Option(help="Default: all four; repeatable.")] = None,
+    peers_python: Other = None,
+):
+    """Everything, on every model, into a folder of results; then its plots and its page."""
+    from . import models, record
+    from .suite import run
+
+    threads = _threads(threads)
+    folder = out or record.RESULTS / record.device(threads)
+    with _status() as status:
+        run(
+            folder, model or models.NAMES, threads=threads, rounds=rounds, minutes=minutes,
+            other=peers_python, progress=status.update,
+        )  # fmt: skip
+    plot(folder.parent)
+
+
+@app.command()
+def plot(
+    results: Annotated[
+        Path | None, typer.Argument(help="The folder with a folder a device; default: as of all.")
+    ] = None,
+):
+    """Draw all results, and write their page."""
+    from . import plot as p
+    from . import record
+    from . import results as r
+
+    results = results or record.RESULTS
+    for folder in sorted(f for f in results.iterdir() if f.is_dir()):
+        for path in p.draw(folder):
+            print(path)
+    print(r.write(results))
+
+
+def _run(measure, table, out, model, threads, **options):
+    """Measures, prints, and writes JSON if asked to."""
+    import inspect
+
+    from rich.console import Console
+
+    from . import models, record
+
+    threads = _threads(threads)
+    where = record.environment(threads, options.get("other"))
+    with _status() as status:
+        if "progress" in inspect.signature(measure).parameters:
+            options["progress"] = status.update
+        data = measure(models.path_of(model), threads=threads, **options)
+    tables = table(data)
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for t in tables if isinstance(tables, tuple) else [tables]:
+        console.print(t)
+    if where["contended"]:
+        console.print(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
+    if out:
+        record.write(out, data, where)
+
+
+def _threads(threads):
+    from pyllm import _C
+
+    return threads or _C.num_threads()
+
+
+def _status():
+    from rich.console import Console
+
+    return Console(stderr=True).status("")
