@@ -60,6 +60,12 @@ class CMakeBuild(build_ext):
         jobs = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         run(["cmake", "--build", str(build), "--parallel", str(jobs)])
 
+    def copy_extensions_to_source(self):
+        """In place and editable builds: the libraries with the CUDA kernels lie beside _C."""
+        super().copy_extensions_to_source()
+        for library in Path(self.build_lib, "pyllm").glob("libpyllm_*.so"):
+            self.copy_file(str(library), str(ROOT / "pyllm" / library.name))
+
 
 setup(
     # kernels/ and bench/ are at the top level of the repository, and in pyllm once installed.

@@ -15,6 +15,7 @@ void register_limits(pybind11::module_& m);
 void register_sample(pybind11::module_& m);
 void register_matmul(pybind11::module_& m);
 void register_embedding(pybind11::module_& m);
+void register_device_library(pybind11::module_& m);
 }  // namespace pyllm
 
 PYBIND11_MODULE(_C, m) {
@@ -33,4 +34,5 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_sample(m);
   pyllm::register_matmul(m);
   pyllm::register_embedding(m);
+  pyllm::register_device_library(m);
 }

@@ -2,6 +2,9 @@
 
 import torch
 
+# The backends with kernels that run on every machine: the CPU's own, and CUDA's on the emulator.
+BACKENDS = ["cpu", "emulator"]
+
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
 # (rows, width) of norms and activations: size one, empty, odd, a model's, more than one chunk.

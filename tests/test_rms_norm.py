@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, ROWS, dtype_name, rand, strided
+from cases import BACKENDS, DTYPES, ROWS, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm.ops import quantize_activation, rms_norm
@@ -18,28 +18,31 @@ def torch_rms_norm(x, weight, residual=None):
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("layout", ["contiguous", "strided"])
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-def test_matches_reference(shape, dtype, layout, with_residual):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_matches_reference(shape, dtype, layout, with_residual, backend):
     x, residual = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
     weight = rand(shape[-1], seed=2)
     if layout == "strided":
         x, residual = strided(x), strided(residual)
     out = poisoned(shape, dtype)
     if not with_residual:
-        y = rms_norm(x, weight, EPS, out=out, backend="cpu")
+        y = rms_norm(x, weight, EPS, out=out, backend=backend)
         total = x
     else:
-        y, total = rms_norm(x, weight, EPS, residual=residual, out=out, backend="cpu")
+        y, total = rms_norm(x, weight, EPS, residual=residual, out=out, backend=backend)
         assert torch.equal(total, x + residual)
     assert y is out
     exact = rms_norm(total.double(), weight.double(), EPS, backend="reference")
     assert_close(y, exact, torch_rms_norm(total, weight))
 
 
-def test_leading_dimensions_and_heads_of_a_fused_projection():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_leading_dimensions_and_heads_of_a_fused_projection(backend):
     qkv = rand(6, 5 * 32)
     heads = qkv[:, : 3 * 32].view(6, 3, 32)
     weight = rand(32, seed=1)
-    assert torch.equal(rms_norm(heads, weight), rms_norm(heads.contiguous(), weight))
+    whole = rms_norm(heads.contiguous(), weight, backend=backend)
+    assert torch.equal(rms_norm(heads, weight, backend=backend), whole)
 
 
 def test_non_finite_values_stay_in_their_row():
@@ -51,10 +54,12 @@ def test_non_finite_values_stay_in_their_row():
     assert torch.isfinite(y[2]).all()
 
 
-def test_a_row_does_not_depend_on_the_others():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_others(backend):
     x, weight = rand(50, 96), rand(96, seed=1)
-    whole = rms_norm(x, weight)
-    assert all(torch.equal(rms_norm(x[i : i + 1], weight)[0], whole[i]) for i in range(50))
+    whole = rms_norm(x, weight, backend=backend)
+    alone = [rms_norm(x[i : i + 1], weight, backend=backend)[0] for i in range(50)]
+    assert torch.equal(torch.stack(alone), whole)
 
 
 @pytest.mark.parametrize(
@@ -67,8 +72,9 @@ def test_a_row_does_not_depend_on_the_others():
         ({"out": torch.ones(2, 8, dtype=torch.float16)}, "out: expected float32"),
     ],
 )
-def test_bad_arguments(arguments, message):
-    good = {"x": torch.ones(2, 8), "weight": torch.ones(8), "backend": "cpu"}
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments(arguments, message, backend):
+    good = {"x": torch.ones(2, 8), "weight": torch.ones(8), "backend": backend}
     with pytest.raises(ValueError, match=message):
         rms_norm(**{**good, **arguments})
 

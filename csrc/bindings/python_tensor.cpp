@@ -37,7 +37,7 @@ void read_sizes(const py::object& tuple, int64_t* out, int ndim) {
 
 }  // namespace
 
-Tensor tensor_from_python(py::handle object) {
+Tensor tensor_from_python(py::handle object, bool any_device) {
   static const Names* names = new Names;
   const auto type_error = [&](const std::string& expected) {
     return py::type_error("expected " + expected + ", got " +
@@ -56,7 +56,7 @@ Tensor tensor_from_python(py::handle object) {
     throw py::type_error("expected a dtype that pyllm knows, got " + std::string(py::str(dtype)));
   t.dtype = static_cast<DType>(i);
   const py::object is_cpu = owned(PyObject_GetAttr(object.ptr(), names->is_cpu));
-  if (is_cpu.ptr() != Py_True)
+  if (!any_device && is_cpu.ptr() != Py_True)
     throw py::type_error("expected a CPU tensor, got one on " +
                          std::string(py::str(object.attr("device"))));
   const py::object shape = owned(PyObject_GetAttr(object.ptr(), names->shape));

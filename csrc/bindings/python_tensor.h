@@ -6,8 +6,9 @@
 #include "core/tensor.h"
 
 namespace pyllm {
-// Throws py::type_error unless `object` is a CPU tensor of a dtype that we know.
-Tensor tensor_from_python(pybind11::handle object);
+// Throws py::type_error unless `object` is a tensor of a dtype that we know, on the CPU unless
+// `any_device`.
+Tensor tensor_from_python(pybind11::handle object, bool any_device = false);
 }  // namespace pyllm
 
 namespace pybind11::detail {

@@ -11,6 +11,9 @@ inline constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16", 
                                               "uint8",   "int32",    "int64",   "bool"};
 inline const char* name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
+inline constexpr int kItemSizes[] = {4, 2, 2, 8, 1, 1, 4, 8, 1};
+inline int item_size(DType dtype) { return kItemSizes[static_cast<int>(dtype)]; }
+
 inline constexpr int kMaxDims = 4;
 
 struct Tensor {

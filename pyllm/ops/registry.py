@@ -12,6 +12,8 @@ from contextlib import contextmanager
 
 import torch
 
+from pyllm.ops import device
+
 BACKENDS = ("reference", "cpu", "cuda", "triton", "emulator")
 
 # device type -> the backends tried in this order. The first that has the op serves.
@@ -77,7 +79,7 @@ class Op:
             return f"it reads tensors on {' or '.join(devices)}, these are on {device_type}"
         if backend not in self.backends:
             return f"this build has no {backend} kernel of it"
-        return None
+        return device.missing(backend)
 
     def choose(self, device_type: str, backend: str | None = None) -> str:
         """The name of the backend that serves, see the module's docstring."""

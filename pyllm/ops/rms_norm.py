@@ -3,6 +3,7 @@
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
 
@@ -52,6 +53,24 @@ def _cpu(x, weight, eps, residual, quantize, out):
         arguments = (at_most_3d(t) for t in (residual, y, total))
         _C.rms_norm(at_most_3d(x), weight, eps, *arguments, None, 0)
     return y if residual is None else (y, total)
+
+
+def _device(backend):
+    def run(x, weight, eps, residual, quantize, out):
+        if quantize is not None:
+            raise ValueError(f"rms_norm: backend {backend!r} does not quantize its output")
+        total = None if residual is None else torch.empty_like(x)
+        y = torch.empty_like(x) if out is None else out
+        device.library(backend).rms_norm(
+            at_most_3d(x), weight, eps, *map(at_most_3d, (residual, y, total)), device.stream(x)
+        )
+        return y if residual is None else (y, total)
+
+    return run
+
+
+for _backend in ("cuda", "emulator"):
+    _OP.register(_backend)(_device(_backend))
 
 
 def at_most_3d(x):

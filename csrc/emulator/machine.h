@@ -1,0 +1,220 @@
+// The state of the emulated machine: lanes in warps in a block, one block at a time on each thread
+// of the host.
+#pragma once
+#include <algorithm>
+#include <array>
+#include <bit>
+#include <cstring>
+#include <string>
+#include <vector>
+
+#include "emulator/emulator.h"
+#include "emulator/traffic.h"
+
+namespace emu {
+
+inline constexpr int kMaxLanes = 1024;  // of a block
+inline constexpr int kMaxWarps = kMaxLanes / 32;
+inline constexpr size_t kStackBytes = 128 << 10;
+inline constexpr size_t kMaxShared = 227 << 10;
+inline constexpr size_t kStatics = 256 << 10;   // where static shared memory begins, by offset
+inline constexpr unsigned char kPoison = 0xff;  // NaN in every float format
+
+using Pc = uintptr_t;
+
+// Vector clocks: `at[i]` is how much of lane i's past is ordered before the holder's next access.
+// Shared between the lanes that left the same barrier.
+struct Clocks {
+  int holders = 0;
+  std::array<uint32_t, kMaxLanes> at;
+};
+
+enum class State : uint8_t { Running, WarpOp, Barrier, Spinning, LogFull, Done };
+
+// The arguments and the result of a warp-wide operation, as lanes bring and take them.
+struct WarpArgs {
+  union {
+    uint32_t u32[16];
+    uint64_t u64[8];
+    float f32[16];
+    const void* pointer;
+  };
+};
+
+struct Copy {  // an asynchronous one
+  unsigned char* shared;
+  const unsigned char* global;
+  int bytes, source_bytes;
+  int group;  // -1 until committed
+  int lane;
+  uint32_t clock;
+  Pc pc;
+  bool counted = false;  // its bytes are what an mbarrier expects
+};
+
+struct Block;
+
+struct Lane {
+  void* sp = nullptr;
+  Block* block = nullptr;
+  int index = 0;  // in the block
+  Index3 thread{};
+  State state = State::Done;
+  Pc pc = 0;  // of the operation it waits at
+  uint32_t mask = 0;
+  const char* what = "";  // that operation's name
+  int barrier_id = 0;
+  WarpArgs args;
+  uint32_t clock = 0;
+  Clocks* clocks = nullptr;
+  std::vector<Copy> copies;
+  int groups = 0;  // of copies, committed
+  std::vector<Access> log;
+
+  int warp() const { return index / 32; }
+  uint32_t bit() const { return 1u << (index % 32); }
+};
+
+using WarpFunction = void (*)(Block&, Lane* lanes, uint32_t mask);
+
+struct WarpGroup {  // the lanes that wait for one warp-wide operation
+  WarpFunction run;
+  uint32_t mask, arrived;
+};
+
+struct Warp {
+  uint32_t runnable = 0, alive = 0;
+  std::vector<WarpGroup> groups;
+};
+
+struct NamedBarrier {
+  int expected = 0, arrived = 0;
+  Clocks* joined = nullptr;
+  std::vector<Lane*> waiting;
+  int votes = 0, voters = 0;
+};
+
+struct MBarrier {
+  uint64_t* address;
+  int arrivals, pending;  // of a phase, and still missing in this one
+  int64_t bytes = 0;      // expected and not yet copied
+  int phase = 0;
+  std::vector<Copy> copies;    // land when somebody waits
+  Clocks* joined = nullptr;    // of those who arrived in this phase,
+  Clocks* released = nullptr;  // and in the one before
+};
+
+// What one access did last to a word of shared memory.
+struct Epoch {
+  uint32_t clock = 0;
+  uint16_t lane = 0;
+  uint8_t bytes = 0;  // mask within the word
+  uint8_t in_flight = 0;
+  Pc pc = 0;
+};
+struct Cell {
+  Epoch write, reads[2];
+};
+
+struct Span {
+  uintptr_t base;
+  size_t bytes;
+  std::string name;
+};
+
+struct Failure {
+  std::string message;
+  int64_t block = -1;
+};
+
+struct Launch {
+  LaunchConfig config;
+  void (*lane)(const void*);
+  const void* arguments;
+  size_t argument_bytes;
+  uint64_t seed;
+  std::vector<Span> spans;
+  std::string library;
+  uintptr_t base, end;  // of the kernel's library in memory
+};
+
+struct Block {
+  explicit Block(int slot);
+  ~Block();
+
+  void run(const Launch& launch, int64_t linear);
+
+  // --- scheduler.cpp
+  Lane* pick();
+  bool revive();
+  void block_and_switch(Lane* me);  // to another lane; away from a runnable one only by chance
+  void make_runnable(Lane* lane);
+  void warp_op(const char* what, Pc pc, uint32_t mask, WarpFunction run);
+  int barrier(const char* what, Pc pc, int id, int threads, bool wait, Vote vote, int predicate);
+  [[noreturn]] void fail(const Lane* lane, Pc pc, const std::string& message);
+  void stuck();
+  std::string where(const Lane* lane, Pc pc) const;
+
+  // --- memory.cpp
+  void access(Lane* me, const void* address, int bytes, bool write, Pc pc);
+  void shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc, bool async);
+  const Span* span_of(uintptr_t address, int bytes) const;
+  void flush(int warp);
+  // Offset into the block's shared memory, dynamic then static; -1 elsewhere.
+  int64_t shared_offset(uintptr_t address) const;
+  Cell& cell_at(int64_t offset);
+
+  // --- clocks
+  Clocks* fresh_clocks();
+  void release(Clocks* clocks);
+  void hold(Lane* lane, Clocks* clocks);
+  void join(Clocks* into, const Lane* lane);
+  bool ordered(const Epoch& e, const Lane* me) const {
+    return e.lane == me->index || me->clocks->at[e.lane] >= e.clock;
+  }
+
+  // --- async.cpp
+  void land(const Copy& copy, uint32_t clock);
+
+  uint32_t random() {
+    rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
+    return static_cast<uint32_t>(rng >> 32);
+  }
+
+  int slot;
+  const Launch* launch = nullptr;
+  Lane* lanes = nullptr;
+  int n_lanes = 0, n_done = 0;
+  std::array<Warp, kMaxWarps> warps;
+  uint32_t runnable_warps = 0;
+  int current_warp = 0;
+  void* main_sp = nullptr;
+  Index3 index{};
+  int64_t linear = 0;
+  uint64_t rng = 1;
+  bool failed = false;
+  Failure failure;
+  int64_t idle_rounds = 0;  // in which lanes only polled
+
+  std::array<NamedBarrier, 17> barriers;  // the last is __syncthreads
+  std::vector<MBarrier> mbarriers;
+
+  unsigned char* dynamic = nullptr;
+  size_t dynamic_bytes = 0;
+  unsigned char* statics = nullptr;
+  size_t static_bytes = 0;
+  std::vector<Cell> cells;
+
+  std::vector<Clocks*> free_clocks;
+  Traffic traffic;
+};
+
+// The lane whose stack this is, or null on a thread of the host.
+Lane* current_lane();
+// "file.cu:12" of a return address.
+std::string source_line(Pc pc, const Launch& launch);
+std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));
+
+}  // namespace emu
+
+#define EMU_PC reinterpret_cast<::emu::Pc>(__builtin_return_address(0))

@@ -1,0 +1,43 @@
+"""The libraries with the CUDA kernels: for the device, and for the emulator of it on the CPU."""
+
+import functools
+import json
+import os
+from pathlib import Path
+
+import torch
+
+from pyllm import _C
+
+_FILES = {"cuda": "libpyllm_cuda.so", "emulator": "libpyllm_cuda_emulated.so"}
+
+
+def path(backend: str) -> Path:
+    """Where the library of `backend` is, if this build has it."""
+    return Path(_C.__file__).with_name(_FILES[backend])
+
+
+def missing(backend: str) -> str | None:
+    """Why there is no library of `backend`, or None if there is, or if it needs none."""
+    if backend not in _FILES or path(backend).exists():
+        return None
+    return f"this build has no {backend} kernels: there is no {path(backend)}"
+
+
+@functools.cache
+def library(backend: str):
+    """The table of launchers of `backend`, ``"cuda"`` or ``"emulator"``, loaded on first use."""
+    kernels = _C.DeviceLibrary(str(path(backend)), emulated=backend == "emulator")
+    if backend == "emulator":
+        kernels.configure(int(os.environ.get("PYLLM_EMULATOR_SEED", "1")), os.cpu_count())
+    return kernels
+
+
+def stream(x: torch.Tensor) -> int:
+    """The stream that PyTorch would launch on now; 0 for tensors on the CPU."""
+    return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
+
+
+def emulator_report() -> list[dict]:
+    """What the launches on the emulator since the last call did: bytes, requests, instructions."""
+    return json.loads(library("emulator").report())
