@@ -72,3 +72,8 @@ class PagedBatch:
 # (query heads, KV heads, head dim): one head, groups of 1 to 8, odd sizes, models' sizes.
 HEADS = [(1, 1, 1), (3, 1, 7), (4, 2, 32), (9, 3, 64), (2, 2, 80), (6, 3, 96), (7, 7, 112)]
 HEADS += [(8, 1, 128), (4, 2, 256)]
+
+
+def relaid(x, *order):
+    """The same tensor, its dimensions in this order in memory."""
+    return x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])

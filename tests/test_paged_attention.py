@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, HEADS, RAGGED, PagedBatch, dtype_name, rand
+from cases import DTYPES, HEADS, RAGGED, PagedBatch, dtype_name, rand, relaid
 from compare import assert_close, poisoned
 
 from pyllm import _C
@@ -70,9 +70,23 @@ def test_matches_reference(sequences, heads, dtype):
 def test_caches_may_lie_head_by_head():
     case = Case([(1, 300), (3, 40)])
     expected = case.run()
-    case.caches = [c.transpose(1, 2).contiguous().transpose(1, 2) for c in case.caches]
+    case.caches = [relaid(cache, 0, 2, 1, 3) for cache in case.caches]
     assert not case.caches[0].is_contiguous()
     assert torch.equal(case.run(), expected)
+
+
+@pytest.mark.parametrize("page_size", [16, 48, 64])
+@pytest.mark.parametrize("cache_dtype", [*DTYPES, torch.int8], ids=dtype_name)
+def test_keys_may_lie_side_by_side(cache_dtype, page_size):
+    sequences = [(1, 300), (3, 40), (70, 100), (1, 0)]
+    for heads in [(9, 3, 64), (4, 4, 80), (2, 1, 7), (1, 1, 1)]:
+        case = Case(sequences, heads, cache_dtype=cache_dtype, page_size=page_size)
+        for options in ({}, {"window": 20}, {"window": 150, "softcap": 5.0}):
+            expected = case.run(**options)
+            plain, case.caches = case.caches, (relaid(case.caches[0], 0, 2, 3, 1), case.caches[1])
+            assert heads[2] == 1 or case.caches[0].stride(1) == 1
+            assert torch.equal(case.run(**options), expected)
+            case.caches = plain
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.bfloat16], ids=dtype_name)

@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, RAGGED, PagedBatch, dtype_name, rand
+from cases import DTYPES, RAGGED, PagedBatch, dtype_name, rand, relaid
 from compare import assert_close, poisoned
 
 from pyllm.ops import rope_cache
@@ -116,6 +116,22 @@ def test_in_place_and_alone_give_the_same_bits():
     assert torch.equal(q, whole)
 
 
+@pytest.mark.parametrize(
+    ("dtype", "cache_dtype"), [(torch.float32, torch.float16), (torch.bfloat16,) * 2]
+)
+def test_keys_may_lie_side_by_side(dtype, cache_dtype):
+    batch = PagedBatch([(5, 40), (1, 7), (33, 0)])
+    q, k, v = fused(batch, 3, 2, 64, dtype)
+    plain, moved = batch.caches(2, 64, cache_dtype, 0), list(batch.caches(2, 64, cache_dtype, 0))
+    moved[0] = relaid(moved[0], 0, 2, 3, 1)
+    assert moved[0].stride(1) == 1
+    tables = {"cu_seqlens_q": batch.cu_seqlens_q, "page_table": batch.page_table}
+    for caches in (plain, moved):
+        rope_cache(q, k, v, angles(64, 48), batch.positions, *caches, **tables)
+    assert plain[0].any()
+    assert all(torch.equal(x, y) for x, y in zip(plain, moved, strict=True))
+
+
 def good_arguments():
     batch = PagedBatch([(3, 4), (2, 0)])
     q, k, v = fused(batch, 4, 2, 8, torch.float32)
@@ -149,6 +165,13 @@ def ints(*values):
         ({"cu_seqlens_q": ints(0, 3, 6)}, "cu_seqlens_q: expected to run from 0 to 5"),
         ({"cu_seqlens_q": ints(0, 5)}, r"cu_seqlens_q: expected B \+ 1 = 3 entries, got 2"),
         ({"out": torch.ones(5, 4, 8).half()}, "out: expected float32"),
+        (
+            {
+                "k_cache": relaid(torch.ones(8, 5, 2, 8), 0, 2, 3, 1),
+                "v_cache": torch.ones(8, 5, 2, 8),
+            },
+            "k_cache: expected a page size that is a multiple of 16 .* side by side, got 5 and 8",
+        ),
     ],
     ids=str,
 )

@@ -32,4 +32,24 @@ inline void check_page(const Check& c, const Tensor& page_table, int64_t b, int6
                                            std::to_string(page));
 }
 
+// The cache of keys and that of values. The keys of a page may also lie side by side: then the
+// stride between them is 1, and groups of 16 must not straddle pages.
+inline void check_caches(Check& c, Tensor& k_cache, const Tensor& v_cache, DTypes dtypes) {
+  if (k_cache.ndim == 4 && k_cache.shape[3] == 1) k_cache.stride[3] = 1;
+  if (k_cache.ndim == 4 && k_cache.stride[3] != 1 && k_cache.stride[1] == 1) {
+    Tensor by_element = k_cache;
+    std::swap(by_element.shape[1], by_element.shape[3]);
+    std::swap(by_element.stride[1], by_element.stride[3]);
+    c(by_element, "k_cache (keys side by side)", "pages D Hkv page_size", dtypes);
+    c.require(c.dim("page_size") % 16 == 0 && c.dim("D") <= kMaxHeadDim,
+              "k_cache: expected a page size that is a multiple of 16 and a head dim of at most " +
+                  std::to_string(kMaxHeadDim) + " where keys lie side by side, got " +
+                  std::to_string(c.dim("page_size")) + " and " + std::to_string(c.dim("D")));
+  } else {
+    c(k_cache, "k_cache", "pages page_size Hkv D", dtypes);
+  }
+  c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
+  c.require(c.dim("page_size") >= 1, "k_cache: expected a page size of at least 1, got 0");
+}
+
 }  // namespace pyllm

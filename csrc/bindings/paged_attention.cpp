@@ -23,8 +23,7 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
                      Tensor v_scale, Tensor out, Tensor partials) {
   Check c("paged_attention");
   c(q, "q", "T H D", kFloats);
-  c(k_cache, "k_cache", "pages page_size Hkv D", {DType::F32, DType::BF16, DType::F16, DType::I8});
-  c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
+  check_caches(c, k_cache, v_cache, {DType::F32, DType::BF16, DType::F16, DType::I8});
   c(page_table, "page_table", "B max_pages", {DType::I32});
   c(context_lens, "context_lens", "B", {DType::I32});
   c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
@@ -32,7 +31,6 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
   c.optional(v_scale, "v_scale", "Hkv", {DType::F32});
   c(out, "out", "T H D", {q.dtype});
   const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
-  c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
   c.require(cu_seqlens_q.shape[0] == batch + 1,
             "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
                 std::to_string(cu_seqlens_q.shape[0]));

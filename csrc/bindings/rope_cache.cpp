@@ -12,8 +12,7 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
   c(v, "v", "T Hkv D", {q.dtype});
   c(cos_sin, "cos_sin", "P R", {DType::F32});
   c(positions, "positions", "T", {DType::I32});
-  c(k_cache, "k_cache", "pages page_size Hkv D", kFloats);
-  c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
+  check_caches(c, k_cache, v_cache, kFloats);
   c(page_table, "page_table", "B max_pages", {DType::I32});
   c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
   c(out, "out", "T H D", {q.dtype});
@@ -24,7 +23,6 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
   c.require(c.dim("R") % 2 == 0 && c.dim("R") <= c.dim("D"),
             "cos_sin: expected an even width of at most D = " + std::to_string(c.dim("D")) +
                 ", got " + std::to_string(c.dim("R")));
-  c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
   if (!capturing()) check_cu_seqlens(c, cu_seqlens_q, "cu_seqlens_q", c.dim("T"));
   if (c.dim("T") == 0) return;
   c.require(c.dim("P") >= 1, "cos_sin: expected at least one position, got none");

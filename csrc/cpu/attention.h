@@ -14,8 +14,10 @@ constexpr int64_t kTileFloats = 6144, kMaxTileRows = 96;
 //
 // q and out are [B, S, H, D] with any strides but the last; a ragged batch has cu_seqlens_q and
 // stride[0] == 0. k and v are the same with Hkv heads, or, with a page table, caches of
-// [pages, page_size, Hkv, D]. Query i of a sequence stands at position p = i + k_len - q_len and
-// sees the keys from p - left to p + right, a side below 0 meaning no limit.
+// [pages, page_size, Hkv, D], where the keys of a page may also lie side by side (stride 1 between
+// keys, page_size a multiple of 16): element by element, as their sums want them. Query i of a
+// sequence stands at position p = i + k_len - q_len and sees the keys from p - left to p + right, a
+// side below 0 meaning no limit.
 //
 // Whatever the integers say when a plan is replayed, nothing outside the tensors is touched.
 struct AttentionArgs {
@@ -44,6 +46,7 @@ struct AttentionArgs {
     return x < low ? low : x > high ? high : x;
   }
   PYLLM_MEMBER int64_t group() const { return q.shape[2] / k.shape[2]; }  // query heads a KV head
+  PYLLM_MEMBER bool keys_side_by_side() const { return page_table && k.stride[3] != 1; }
   PYLLM_MEMBER int64_t tokens() const { return cu_seqlens_q ? q.shape[1] : batch * q.shape[1]; }
 
   PYLLM_MEMBER Sequence sequence(int64_t b) const {

@@ -29,10 +29,32 @@ PYLLM_INLINE void dispatch_count(int64_t n, F f) {
   f(Count<N>());
 }
 
-// scores[r][16 v + lane] = sum over i of q[r][i] * keys[i][16 v + lane], i ascending, in parts of
+// Keys side by side in groups of sixteen: element i of key j of group g is at[g][i * stride + j].
+// Where `next` is given it has the groups to ask memory for meanwhile.
+template <class K>
+struct KeyGroups {
+  const K* const* at;
+  int64_t stride;
+  const K* const* next;
+};
+// Values: element i of key j is at[j][i].
+template <class T>
+struct ValueRows {
+  const T* const* at;
+  const T* const* next;
+};
+// Into L2: in its share of the L1 a core can wait for too few lines at a time.
+template <class T>
+PYLLM_INLINE void ask_for(const T* p) {
+  __builtin_prefetch(p, 0, 2);
+}
+template <class T>
+constexpr int kVectorsPerLine = sizeof(T) >= 4 ? 1 : 4 / sizeof(T);
+
+// scores[r][16 v + lane] = sum over i of q[r][i] * keys.at[v][i][lane], i ascending, in parts of
 // 32: a chain of 256 additions would lose twice the digits that PyTorch's blocked sums lose.
-template <int R, int V>
-void score_tile(const float* q, int64_t q_stride, const float* keys, int64_t d, float* scores) {
+template <int R, int V, class K>
+void score_tile(const float* q, int64_t q_stride, KeyGroups<K> keys, int64_t d, float* scores) {
   for (int64_t part = 0; part < d; part += 32) {
     f32x16 sum[R][V];
     for (int r = 0; r < R; ++r)
@@ -40,7 +62,9 @@ void score_tile(const float* q, int64_t q_stride, const float* keys, int64_t d, 
     const int64_t end = smaller(part + 32, d);
     for (int64_t i = part; i < end; ++i) {
       f32x16 k[V];
-      for (int v = 0; v < V; ++v) k[v] = load(keys + i * kBlockKeys + v * kLanes);
+      for (int v = 0; v < V; ++v) k[v] = load(keys.at[v] + i * keys.stride);
+      if (keys.next)
+        for (int v = 0; v < V; v += kVectorsPerLine<K>) ask_for(keys.next[v] + i * keys.stride);
       for (int r = 0; r < R; ++r) {
         const f32x16 x = splat(q[r * q_stride + i]);
         for (int v = 0; v < V; ++v) sum[r][v] = fma(x, k[v], sum[r][v]);
@@ -54,27 +78,31 @@ void score_tile(const float* q, int64_t q_stride, const float* keys, int64_t d, 
   }
 }
 
-PYLLM_INLINE void score_rows(const float* q, int64_t q_stride, const float* keys, int64_t d,
+template <class K>
+PYLLM_INLINE void score_rows(const float* q, int64_t q_stride, KeyGroups<K> keys, int64_t d,
                              float* scores, int64_t rows, int64_t vectors) {
   for (int64_t v = 0; v < vectors; v += kTileVectors)
     dispatch_count<kTileRows>(rows, [&](auto r) {
       dispatch_count<kTileVectors>(vectors - v, [&](auto n) {
-        score_tile<decltype(r)::value, decltype(n)::value>(q, q_stride, keys + v * kLanes, d,
-                                                           scores + v * kLanes);
+        score_tile<decltype(r)::value, decltype(n)::value, K>(
+            q, q_stride, {keys.at + v, keys.stride, keys.next ? keys.next + v : nullptr}, d,
+            scores + v * kLanes);
       });
     });
 }
 
-// out[r][i] += sum over keys j of weights[r][j] * values[j][i], j ascending from begin to end.
+// out[r][i] += sum over keys j of weights[r][j] * values.at[j][i], j ascending from begin to end.
 template <int R, int V, class T>
-void value_tile(const float* weights, const T* const* values, int64_t begin, int64_t end,
+void value_tile(const float* weights, ValueRows<T> values, int64_t begin, int64_t end,
                 int64_t column, float* out, int64_t out_stride) {
   f32x16 sum[R][V];
   for (int r = 0; r < R; ++r)
     for (int v = 0; v < V; ++v) sum[r][v] = load(out + r * out_stride + column + v * kLanes);
   for (int64_t j = begin; j < end; ++j) {
     f32x16 x[V];
-    for (int v = 0; v < V; ++v) x[v] = load(values[j] + column + v * kLanes);
+    for (int v = 0; v < V; ++v) x[v] = load(values.at[j] + column + v * kLanes);
+    if (values.next)
+      for (int v = 0; v < V; v += kVectorsPerLine<T>) ask_for(values.next[j] + column + v * kLanes);
     for (int r = 0; r < R; ++r) {
       const f32x16 w = splat(weights[r * kBlockKeys + j]);
       for (int v = 0; v < V; ++v) sum[r][v] = fma(w, x[v], sum[r][v]);
@@ -85,9 +113,8 @@ void value_tile(const float* weights, const T* const* values, int64_t begin, int
 }
 
 template <class T>
-PYLLM_INLINE void value_rows(const float* weights, const T* const* values, int64_t begin,
-                             int64_t end, int64_t padded_dim, float* out, int64_t out_stride,
-                             int64_t rows) {
+PYLLM_INLINE void value_rows(const float* weights, ValueRows<T> values, int64_t begin, int64_t end,
+                             int64_t padded_dim, float* out, int64_t out_stride, int64_t rows) {
   if (begin >= end) return;
   for (int64_t i = 0; i < padded_dim; i += kTileVectors * kLanes)
     dispatch_count<kTileRows>(rows, [&](auto r) {

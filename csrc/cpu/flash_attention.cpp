@@ -2,22 +2,23 @@
 // 2022), in float32 and to base 2.
 //
 // A chunk is a tile of rows (queries times the heads that share a KV head), so that a block of keys
-// and values is read once for all of them: keys are transposed on the way in, sixteen to a vector,
-// so that no sum runs across a register. Keys go by in splits of 256, each with a softmax of its
-// own; the splits are put together in order, here or, where threads share them, in
-// paged_attention.cpp. Blocks and splits are counted from key 0 and rows never meet, so one query
-// gives the same bits alone or among others, decoded or prefilled, on any number of threads. Keys
-// that a row does not see take no part in its sums, not even times zero.
+// and values is read once for all of them. Keys are summed sixteen to a vector, so that no sum runs
+// across a register: the runtime's cache has them side by side already, others are transposed on
+// the way in. Keys go by in splits of 256, each with a softmax of its own; the splits are put
+// together in order, here or, where threads share them, in paged_attention.cpp. Blocks and splits
+// are counted from key 0 and rows never meet, so one query gives the same bits alone or among
+// others, decoded or prefilled, on any number of threads. Keys that a row does not see take no part
+// in its sums, not even times zero.
 //
 // The floor of decoding is the bytes of the keys and values that are seen, over bandwidth; of
 // prefill 4 * D * (visible pairs) operations over the peak of float32. On two Zen 4 cores, 9 heads
-// over 3 of 64, float16 cache: decoding at depth 512 takes 17 us (23 GB/s; 15.5 from L2), since a
-// block is prefetched during the one before it; arithmetic and transposes bound it as much as
-// memory. Inside a model, whose weights push the cache out to memory, the two add up instead: one
-// core takes 29 us of arithmetic, 34 us to stream the bytes and 64 us for both, and 73 us where the
-// keys of a head do not lie end to end; prefetching in smaller portions or into L2 changes nothing.
-// Prefill of 512 takes 2.2 ms, 62 % of the peak: two thirds of the time are sums of products, 15 %
-// weighing and the rest moving blocks. 2^n by vscalefps gains nothing.
+// over 3 of 64, float16 cache, decoding at depth 512 takes 11.5 us from L2, which is the speed of
+// memory, and 20 inside a model, whose weights push the cache out to memory; eight sequences take
+// 135 (23 GB/s). What that took: keys side by side (36 us before, 300 for eight), and asking for
+// the next block line by line during this one. All its lines at once, or into L1, is worse than not
+// to ask: a core can wait for some 24 lines there. Pages of 64 keys gain 2 us. Prefill of 512
+// takes 2.2 ms, 62 % of the peak: two thirds of the time are sums of products, 15 % weighing and
+// the rest moving blocks. 2^n by vscalefps gains nothing.
 #include "cpu/attention_row.h"
 #include "cpu/attention_tile.h"
 
@@ -55,13 +56,17 @@ struct Tile {
   const Sequence s;
   const int64_t kv_head, first_row, rows, d, width;
   Workspace& w;
-  // Values that may be read in whole vectors where they lie are; others are copied to w.values.
-  const bool in_place;
-  // Where the keys of two blocks lie, key j at j % kFound: a block is looked up, and its memory
-  // asked for, while the one before it is worked on.
+  // Keys that lie side by side, and values in whole vectors, may be read where they are, unless
+  // many rows make it worth converting them once: the others are copied to w.keys and w.values.
+  const bool keys_in_place, values_in_place;
+  // Where the keys of two blocks lie, key j at j % kFound: a block is looked up before the one
+  // before it is worked on, so that its memory can be asked for meanwhile.
   static constexpr int64_t kFound = 2 * kBlockKeys;
-  const T* k_rows[kFound];
+  bool more;                           // whether a block follows in this split
+  const T* k_rows[kFound];             // or, where they lie side by side,
+  const T* k_groups[kFound / kLanes];  // groups of sixteen
   const T* v_rows[kFound];
+  const float* k_copies[kBlockKeys / kLanes];
   const float* v_copies[kBlockKeys];
 
   int64_t query(int64_t r) const { return (first_row + r) / a.group(); }
@@ -84,13 +89,14 @@ struct Tile {
   void find_rows(Range keys) {
     const T* k = static_cast<const T*>(a.k.data) + kv_head * a.k.stride[2];
     const T* v = static_cast<const T*>(a.v.data) + kv_head * a.v.stride[2];
+    const bool side_by_side = a.keys_side_by_side();
     const auto found = [&](int64_t j, int64_t outer, int64_t inner) {
-      k_rows[j % kFound] = k + outer * a.k.stride[0] + inner * a.k.stride[1];
+      const T* k_row = k + outer * a.k.stride[0] + inner * a.k.stride[1];
+      if (side_by_side)
+        k_groups[j % kFound / kLanes] = k_row - inner % kLanes;
+      else
+        k_rows[j % kFound] = k_row;
       v_rows[j % kFound] = v + outer * a.v.stride[0] + inner * a.v.stride[1];
-      for (int64_t i = 0; i < d; i += 64 / static_cast<int64_t>(sizeof(T))) {
-        __builtin_prefetch(k_rows[j % kFound] + i);
-        __builtin_prefetch(v_rows[j % kFound] + i);
-      }
     };
     if (!a.page_table) {
       for (int64_t j = keys.begin; j < keys.end; ++j) found(j, s.b, s.k_start + j);
@@ -106,13 +112,27 @@ struct Tile {
   }
 
   void load_block(int64_t block, Range keys) {
-    for (int64_t g = keys.begin / kLanes * kLanes; g < keys.end; g += kLanes) {
-      const T* from[kLanes];  // where nobody sees a key, one that somebody does stands in for it
-      for (int64_t j = 0; j < kLanes; ++j)
-        from[j] = k_rows[AttentionArgs::clamp(g + j, keys.begin, keys.end - 1) % kFound];
-      transpose_keys(from, d, w.keys + g - block);
+    const int64_t seen = keys.begin / kLanes * kLanes;
+    if (a.keys_side_by_side()) {
+      const T** groups = k_groups + block % kFound / kLanes;
+      // Where nobody sees a group of keys, one that somebody does stands in for it.
+      for (int64_t g = 0; g < (seen - block) / kLanes; ++g)
+        groups[g] = groups[(seen - block) / kLanes];
+      if (!keys_in_place)
+        for (int64_t g = seen; g < keys.end; g += kLanes) {
+          const T* from = groups[(g - block) / kLanes];
+          for (int64_t i = 0; i < d; ++i)
+            store(w.keys + i * kBlockKeys + g - block, load(from + i * a.k.stride[3]));
+        }
+    } else {
+      for (int64_t g = seen; g < keys.end; g += kLanes) {
+        const T* from[kLanes];  // likewise
+        for (int64_t j = 0; j < kLanes; ++j)
+          from[j] = k_rows[AttentionArgs::clamp(g + j, keys.begin, keys.end - 1) % kFound];
+        transpose_keys(from, d, w.keys + g - block);
+      }
     }
-    if (in_place) return;
+    if (values_in_place) return;
     for (int64_t j = keys.begin; j < keys.end; ++j)
       for (int64_t i = 0; i < d; i += kLanes)
         store(w.values + (j - block) * width + i, load_n(v_rows[j % kFound] + i, d - i));
@@ -176,7 +196,15 @@ struct Tile {
     any = {larger(any.begin, block), smaller(any.end, block + kBlockKeys)};
     if (any.begin >= any.end) return;
     const int64_t vectors = (any.end - block + kLanes - 1) / kLanes;
-    score_rows(w.q + r * width, width, w.keys, d, w.weights, n, vectors);
+    const auto score = [&](auto keys) {
+      score_rows(w.q + r * width, width, keys, d, w.weights, n, vectors);
+    };
+    const int64_t here = block % kFound, next = (block + kBlockKeys) % kFound;
+    if (keys_in_place)
+      score(KeyGroups<T>{k_groups + here / kLanes, a.k.stride[3],
+                         more ? k_groups + next / kLanes : nullptr});
+    else
+      score(KeyGroups<float>{k_copies, kBlockKeys, nullptr});
 
     alignas(64) float fade[kLanes] = {};
     float sums[kTileRows];
@@ -207,10 +235,13 @@ struct Tile {
     const int64_t end = smaller(keys.end - block, kBlockKeys);
     const float* weights = w.weights + weights_row * kBlockKeys;
     float* out = w.split.values + r * width;
-    if (in_place)
-      value_rows(weights, v_rows + block % kFound, begin, end, width, out, width, n);
+    if (values_in_place)
+      value_rows(weights,
+                 ValueRows<T>{v_rows + block % kFound,
+                              more ? v_rows + (block + kBlockKeys) % kFound : nullptr},
+                 begin, end, width, out, width, n);
     else
-      value_rows(weights, v_copies, begin, end, width, out, width, n);
+      value_rows(weights, ValueRows<float>{v_copies, nullptr}, begin, end, width, out, width, n);
   }
 
   // The softmax over one split, in w.split.
@@ -224,7 +255,8 @@ struct Tile {
     const int64_t first = begin / kBlockKeys * kBlockKeys;
     if (first < end) find_rows(keys_of(first));
     for (int64_t block = first; block < end; block += kBlockKeys) {
-      if (block + kBlockKeys < end) find_rows(keys_of(block + kBlockKeys));
+      more = block + kBlockKeys < end;
+      if (more) find_rows(keys_of(block + kBlockKeys));
       load_block(block, keys_of(block));
       for (int64_t r = 0; r < rows; r += kTileRows)
         attend_rows(r, smaller(rows - r, kTileRows), block);
@@ -238,6 +270,7 @@ struct Tile {
       const Range see = w.visible[r] = a.visible(s, query(r));
       if (see.begin < see.end) seen = {smaller(seen.begin, see.begin), larger(seen.end, see.end)};
     }
+    for (int64_t j = 0; j < kBlockKeys / kLanes; ++j) k_copies[j] = w.keys + j * kLanes;
     for (int64_t j = 0; j < kBlockKeys; ++j) v_copies[j] = w.values + j * width;
     load_queries();
     if (shared_split >= 0) {
@@ -280,10 +313,27 @@ void attention(const AttentionArgs& a, int64_t chunk) {
   const int64_t rows = smaller(a.tile_rows(), s.q_len * a.group() - first_row), d = a.q.shape[3];
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    // Converting once is worth a copy where several tiles of rows read the values.
-    const bool in_place = d % kLanes == 0 && (sizeof(T) == 4 || rows <= 2 * kTileRows);
-    Tile<T>{a, s, kv_head, first_row, rows, d, a.padded_dim(), workspace, in_place, {}, {}, {}}.run(
-        shared_split);
+    // Converting once is worth a copy where several tiles of rows read the block.
+    const bool few = rows <= 2 * kTileRows;
+    const bool keys_in_place = a.keys_side_by_side() && few;
+    const bool values_in_place = d % kLanes == 0 && (sizeof(T) == 4 || few);
+    Tile<T> tile{a,
+                 s,
+                 kv_head,
+                 first_row,
+                 rows,
+                 d,
+                 a.padded_dim(),
+                 workspace,
+                 keys_in_place,
+                 values_in_place,
+                 {},
+                 {},
+                 {},
+                 {},
+                 {},
+                 {}};
+    tile.run(shared_split);
   };
   if (a.k.dtype == DType::I8)
     run(static_cast<int8_t*>(nullptr));

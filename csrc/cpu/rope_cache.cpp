@@ -2,6 +2,7 @@
 // has so few that the launch itself is what it costs.
 #include "cpu/rope_cache.h"
 
+#include "cpu/attention.h"
 #include "cpu/simd.h"
 
 namespace pyllm::PYLLM_ISA {
@@ -61,7 +62,13 @@ void rope_token(const RopeCacheArgs& a, int64_t token) {
   for (int64_t h = 0; h < a.k.shape[1]; ++h) {
     C* k_out = a.k_cache.row<C>(slot.page, slot.index) + h * a.k_cache.stride[2];
     C* v_out = a.v_cache.row<C>(slot.page, slot.index) + h * a.v_cache.stride[2];
-    rotate(a.k.row<X>(token, h), k_out, cosine, sine, half, width, a.interleaved);
+    if (const int64_t stride = a.k_cache.stride[3]; stride == 1) {
+      rotate(a.k.row<X>(token, h), k_out, cosine, sine, half, width, a.interleaved);
+    } else {
+      C rotated[kMaxHeadDim];
+      rotate(a.k.row<X>(token, h), rotated, cosine, sine, half, width, a.interleaved);
+      for (int64_t i = 0; i < width; ++i) k_out[i * stride] = rotated[i];
+    }
     rotate(a.v.row<X>(token, h), v_out, cosine, sine, 0, width, false);
   }
 }

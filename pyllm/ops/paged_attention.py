@@ -38,7 +38,8 @@ def paged_attention(
         q: ``[T, H, D]`` float32, bfloat16 or float16, the sequences end to end; D is 1 to 256;
             only the last dimension must be contiguous.
         k_cache, v_cache: ``[pages, page_size, Hkv, D]`` float32, bfloat16, float16 or int8; H is a
-            multiple of Hkv, and query heads ``h * H / Hkv`` and up share KV head h.
+            multiple of Hkv, and query heads ``h * H / Hkv`` and up share KV head h. The keys of a
+            page may also lie side by side, so that ``k_cache.stride(1) == 1``; that is faster.
         cu_seqlens_q: ``int32[B + 1]``: sequence b owns tokens ``cu_seqlens_q[b]`` up to
             ``cu_seqlens_q[b + 1]``.
         page_table: ``int32[B, max_pages]``: key j of sequence b is

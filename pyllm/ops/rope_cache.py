@@ -37,7 +37,8 @@ def rope_cache(
             R / 2 angles, then their sines. Scaled variants of the embedding differ only in here.
         positions: ``int32[T]``, each token's index in its own sequence: it picks the angles and the
             place in the cache, ``[page_table[b, position // page_size], position % page_size]``.
-        k_cache, v_cache: ``[pages, page_size, Hkv, D]`` float32, bfloat16 or float16.
+        k_cache, v_cache: ``[pages, page_size, Hkv, D]`` float32, bfloat16 or float16; the keys of a
+            page may lie side by side (``k_cache.stride(1) == 1``).
         cu_seqlens_q: ``int32[B + 1]``: sequence b owns tokens ``cu_seqlens_q[b]`` up to
             ``cu_seqlens_q[b + 1]``.
         page_table: ``int32[B, max_pages]``, the pages of each sequence in order.

@@ -27,14 +27,14 @@ class PagedCache:
         self.page_size = page_size
         self.n_pages = n_pages
         # One stretch of memory for all layers, in large pages: it still grows only with use, since
-        # the layers of a page lie side by side. In each the keys of a head lie end to end, and its
-        # values behind them: a decoding step reads them from memory, in long runs.
-        shape = (n_pages, n_layers, kv_heads, 2, page_size, head_dim)
+        # the layers of a page follow each other. In each come the keys of a head and then its
+        # values, so that a decoding step reads them from memory in long runs; and the keys lie
+        # side by side, element by element, so that it has nothing to transpose.
+        shape = (n_pages, n_layers, kv_heads, 2, page_size * head_dim)
         memory = allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-        self.layers = [
-            (memory[:, i, :, 0].transpose(1, 2), memory[:, i, :, 1].transpose(1, 2))
-            for i in range(n_layers)
-        ]
+        keys = memory[..., 0, :].unflatten(-1, (head_dim, page_size)).permute(1, 0, 4, 2, 3)
+        values = memory[..., 1, :].unflatten(-1, (page_size, head_dim)).permute(1, 0, 3, 2, 4)
+        self.layers = list(zip(keys, values, strict=True))
         self._refs = [0] * n_pages
         # Free pages in the order in which they are taken: never used ones first, then those whose
         # contents were used longest ago.
