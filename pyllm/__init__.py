@@ -5,6 +5,8 @@
 
 import importlib
 
+from pyllm.collector import paused_collector
+
 __version__ = "0.1.0"
 
 DEFAULT_MODEL = "smollm2-135m"
@@ -23,7 +25,8 @@ def __getattr__(name):
     if name not in _LAZY:
         raise AttributeError(f"module 'pyllm' has no attribute {name!r}")
     try:
-        module = importlib.import_module(_LAZY[name])
+        with paused_collector():
+            module = importlib.import_module(_LAZY[name])
     except ModuleNotFoundError as error:
         if error.name != "pyllm._C":
             raise

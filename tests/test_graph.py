@@ -1,6 +1,7 @@
 """Capture and replay."""
 
 import gc
+import random
 
 import pytest
 import torch
@@ -71,14 +72,34 @@ def test_an_error_while_capturing_leaves_nothing_behind():
     assert torch.equal(relu(x), x.relu())
 
 
-def test_blocks_come_back_when_tensors_die():
+def test_bytes_come_back_when_tensors_die():
     arena = Arena()
     a, b = arena.empty((100,), torch.float32), arena.empty((100,), torch.float32)
     kept = a[3:50]
     before = arena.nbytes
     del a, b
     c, d = arena.empty((10, 10), torch.bfloat16), arena.empty((256,), torch.float32)
-    assert arena.nbytes == before + 1024  # b's block came back, a's has a view left
+    assert before < arena.nbytes < before + 1024  # b's bytes came back, a's have a view left
     pointers = {t.untyped_storage().data_ptr() for t in (kept, c, d)}
     assert len(pointers) == 3
     assert arena.empty((0, 4), torch.float32).shape == (0, 4)
+
+
+def test_tensors_of_an_arena_never_overlap_and_all_gaps_close():
+    arena, alive, rng = Arena(), {}, random.Random(0)
+    arena._REGION = 4096  # so that there are several, some of them for one tensor
+    for i in range(2000):
+        if len(alive) > 20 or (alive and rng.random() < 0.5):
+            value = rng.choice(list(alive))
+            assert (alive.pop(value) == value).all()
+        else:
+            alive[i] = arena.empty((rng.choice([0, 1, 63, 700, 5000]),), torch.int32).fill_(i)
+    for value, tensor in alive.items():
+        assert (tensor == value).all()
+        assert tensor.data_ptr() % 64 == 0
+    most = arena.nbytes
+    alive.clear()
+    del tensor
+    arena.empty((1,), torch.int32)  # what died is noticed on the next call
+    assert len(arena._free) == len(arena._regions)
+    assert arena.nbytes == most

@@ -1,4 +1,5 @@
 import itertools
+import threading
 
 import gguf
 import numpy as np
@@ -8,7 +9,8 @@ from cases import rand
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pyllm.quant import QuantTensor, memory
+from pyllm import memory
+from pyllm.quant import QuantTensor
 
 # name -> where the float16 scales lie in a block, as byte offsets
 HALVES = {
@@ -146,6 +148,21 @@ def test_weights_share_slabs_and_do_not_overlap():
     assert [part.numel() for part in parts] == sizes
     assert all(part.data_ptr() % 64 == 0 for part in parts)
     assert all((part == i).all() for i, part in enumerate(parts))
+
+
+def test_populating_memory_keeps_what_is_written_to_it_meanwhile():
+    before = threading.active_count()
+    with memory.populated(40 << 20):
+        parts = [memory.allocate(1 << 20).fill_(i) for i in range(40)]
+    assert threading.active_count() == before
+    assert all((part == i).all() for i, part in enumerate(parts))
+    addresses = sorted(part.data_ptr() for part in parts)
+    assert addresses[-1] - addresses[0] == 39 << 20  # all from the one slab
+    with pytest.raises(KeyError), memory.populated(1 << 20):
+        raise KeyError
+    assert threading.active_count() == before
+    with memory.populated(0):
+        assert memory.allocate(3).numel() == 3
 
 
 def test_repr():

@@ -281,6 +281,7 @@ SPM = {"model": "llama", "tokens": ["<unk>", "<s>", "</s>", "a"], "token_type": 
         ({"tokens": ["a", "b", "a"], "token_type": [1] * 3}, "the token 'a' occurs twice"),
         ({"token_type": [1, 2]}, "'tokenizer.ggml.token_type' has 2 items, expected 320"),
         ({"merges": ["ab"]}, "expected each merge to be two tokens and a space"),
+        ({"merges": ["ab", "a b c"]}, "expected each merge to be two tokens and a space"),
         ({"merges": ["a nope"]}, "not a tokenizer that can be used"),
         ({"bos_token_id": 320}, "bos token id 320: expected one of the 320 tokens"),
         ({"eos_token_id": "x"}, "expected 'tokenizer.ggml.eos_token_id' to be int, got str"),

@@ -27,6 +27,12 @@ int64_t walk(const py::buffer_info& info, int64_t offset, int64_t count, Visit v
   return offset;
 }
 
+py::object decode(const char* s, int64_t n) {
+  PyObject* text = PyUnicode_DecodeUTF8(s, n, nullptr);
+  if (text == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::object>(text);
+}
+
 }  // namespace
 
 void register_length_prefixed(py::module_& m) {
@@ -38,14 +44,26 @@ void register_length_prefixed(py::module_& m) {
       py::arg("buffer"), py::arg("offset"), py::arg("count"),
       "Where `count` length-prefixed strings at `offset` end, or -1 if not inside the buffer.");
   m.def(
+      "read_pairs",
+      [](const py::buffer& buffer, int64_t offset, int64_t count) {
+        py::list pairs;
+        const int64_t end = walk(buffer.request(), offset, count, [&](const char* s, int64_t n) {
+          const auto* space = static_cast<const char*>(std::memchr(s, ' ', n));
+          if (space == nullptr || std::memchr(space + 1, ' ', s + n - space - 1) != nullptr)
+            throw ArgumentError("expected two words and a space");
+          pairs.append(py::make_tuple(decode(s, space - s), decode(space + 1, s + n - space - 1)));
+        });
+        if (end < 0) throw ArgumentError("read_pairs: the strings run past the buffer");
+        return pairs;
+      },
+      py::arg("buffer"), py::arg("offset"), py::arg("count"),
+      "As read_strings, each cut in two at its one space; ValueError if one is not of that form.");
+  m.def(
       "read_strings",
       [](const py::buffer& buffer, int64_t offset, int64_t count) {
         py::list strings;
-        const int64_t end = walk(buffer.request(), offset, count, [&](const char* s, int64_t n) {
-          PyObject* text = PyUnicode_DecodeUTF8(s, n, nullptr);
-          if (text == nullptr) throw py::error_already_set();
-          strings.append(py::reinterpret_steal<py::object>(text));
-        });
+        const int64_t end = walk(buffer.request(), offset, count,
+                                 [&](const char* s, int64_t n) { strings.append(decode(s, n)); });
         if (end < 0) throw ArgumentError("read_strings: the strings run past the buffer");
         return strings;
       },

@@ -6,6 +6,10 @@
 #include "core/plan.h"
 #include "core/thread_pool.h"
 
+#if defined(__GLIBC__)
+#include <malloc.h>
+#endif
+
 namespace pyllm {
 
 void register_runtime(py::module_& m) {
@@ -25,9 +29,19 @@ void register_runtime(py::module_& m) {
     py::gil_scoped_release release;
     ThreadPool::get().resize(n);
   });
-  m.def("advise_huge_pages", [](Tensor memory) {
-    Check("advise_huge_pages")(memory, "memory", "_", {DType::U8}, true);
-    advise_huge_pages(memory.data, memory.numel());
+  m.def("advise_huge_pages", [](const py::buffer& memory) {
+    const py::buffer_info info = memory.request(true);
+    advise_huge_pages(info.ptr, info.size * info.itemsize);
+  });
+  m.def("populate", [](const py::buffer& memory) {
+    const py::buffer_info info = memory.request(true);
+    py::gil_scoped_release release;
+    populate(info.ptr, info.size * info.itemsize);
+  });
+  m.def("trim_heap", [] {
+#if defined(__GLIBC__)
+    malloc_trim(0);
+#endif
   });
   m.def("isa", [] { return kIsaNames[static_cast<int>(selected_isa())]; });
   m.def("available_isas", [] {

@@ -80,15 +80,6 @@ void unpack_q6_k(const uint8_t* block, GgmlBlock& out) {
 
 void unpack(GgmlType type, const uint8_t* block, GgmlBlock& out) {
   switch (type) {
-    case GgmlType::Q4_0:
-      out.d[0] = half_at(block);
-      std::memcpy(out.q, block + 2, 16);
-      return;
-    case GgmlType::Q4_1:
-      out.d[0] = half_at(block);
-      out.m[0] = half_at(block + 2);
-      std::memcpy(out.q, block + 4, 16);
-      return;
     case GgmlType::Q5_0:
       out.d[0] = half_at(block);
       return unpack_q5(block + 2, block + 6, 128 - 16, out.q);
@@ -96,13 +87,10 @@ void unpack(GgmlType type, const uint8_t* block, GgmlBlock& out) {
       out.d[0] = half_at(block);
       out.m[0] = half_at(block + 2);
       return unpack_q5(block + 4, block + 8, 0, out.q);
-    case GgmlType::Q8_0:
-      out.d[0] = half_at(block);
-      for (int i = 0; i < 32; ++i) out.q[i] = block[2 + i] ^ 0x80;
-      return;
     case GgmlType::Q4_K: return unpack_q4_k(block, out);
     case GgmlType::Q5_K: return unpack_q5_k(block, out);
     case GgmlType::Q6_K: return unpack_q6_k(block, out);
+    default: return;
   }
 }
 

@@ -31,7 +31,13 @@ struct GgmlBlock {
   f16 d[16], m[16];
 };
 
-// Reads format_of(type).block_bytes bytes.
+// Whether a block is its group as a QuantMatrix has it: fp16 d, m if there is one, then the quants
+// (those of 8 bits signed). Nothing of it needs unpacking.
+constexpr bool is_plain(GgmlType type) {
+  return type == GgmlType::Q4_0 || type == GgmlType::Q4_1 || type == GgmlType::Q8_0;
+}
+
+// Reads format_of(type).block_bytes bytes of a type that is not plain.
 void unpack(GgmlType type, const uint8_t* block, GgmlBlock& out);
 
 }  // namespace pyllm

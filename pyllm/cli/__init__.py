@@ -9,11 +9,14 @@ import sys
 
 def main(arguments=None) -> int:
     """Runs the command line; returns the exit code."""
-    from pyllm.cli.app import app
+    from pyllm.cli.app import run
 
-    debug = "--debug" in (sys.argv[1:] if arguments is None else arguments)
+    arguments = sys.argv[1:] if arguments is None else list(arguments)
+    debug = "--debug" in arguments
     try:
-        return app(args=arguments, standalone_mode=False) or 0
+        return run(arguments) or 0
+    except SystemExit as error:  # argparse has said why
+        return error.code or 0
     except KeyboardInterrupt:
         print(file=sys.stderr)
         return 130
@@ -25,7 +28,7 @@ def main(arguments=None) -> int:
 
 
 def _report(error: Exception, debug: bool) -> int:
-    # By what they have, not by class: newer releases of typer carry a click of their own.
+    # Those of the benchmarks' typer, by what they have: newer releases carry a click of their own.
     if type(error).__name__ == "Abort":  # Ctrl-C
         return 130
     if hasattr(error, "exit_code"):

@@ -8,6 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pyllm.collector import paused_collector
+
 from .errors import LoadError
 
 FLOAT_TYPES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -74,6 +76,11 @@ class Checkpoint:
 
     _files: dict  # Path -> MappedFile
 
+    @property
+    def packed_nbytes(self):
+        """Bytes that tensors of quantized types take at least, once they are packed."""
+        return sum(t.nbytes for t in self.tensors.values() if t.type not in FLOAT_TYPES)
+
     def info(self, name):
         """The `TensorInfo` of a tensor; LoadError if there is none of that name."""
         try:
@@ -115,4 +122,5 @@ class Checkpoint:
 
     @cached_property
     def _tokenizer(self):
-        return self._build_tokenizer()
+        with paused_collector():
+            return self._build_tokenizer()

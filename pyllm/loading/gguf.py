@@ -51,6 +51,7 @@ class _Array(NamedTuple):
     type: int
     count: int
     offset: int
+    end: int
 
 
 class _Reader:
@@ -114,14 +115,14 @@ class _Reader:
             self.fail(f"{key!r} has array type {kind}, expected 0 to 12 and not 9")
         smallest = 8 if kind == STRING else SCALARS[kind].size
         count = self.count(smallest, f"elements of {key!r}")
-        array = _Array(kind, count, self.position)
+        start = self.position
         if kind == STRING:
             self.position = _C.skip_strings(self.data, self.position, count)
             if self.position < 0:
                 self.fail(f"the strings of {key!r} run past the end of the file")
         else:
             self.position += count * smallest
-        return array
+        return _Array(kind, count, start, self.position)
 
 
 class Metadata(Mapping):
@@ -135,13 +136,41 @@ class Metadata(Mapping):
         if not isinstance(value, _Array):
             return value
         if value.type == STRING:
-            try:
-                return _C.read_strings(self._file.mmap, value.offset, value.count)
-            except UnicodeDecodeError as error:
-                raise LoadError(self._file.path, f"{key!r} is not UTF-8: {error}") from None
+            return self._strings(key, _C.read_strings)
         layout = f"<{value.count}{SCALARS[value.type].format[1:]}"
         items = struct.unpack_from(layout, self._file.mmap, value.offset)
         return [item != 0 for item in items] if value.type == BOOL else list(items)
+
+    def _strings(self, key, read):
+        array = self._values[key]
+        try:
+            return read(self._file.mmap, array.offset, array.count)
+        except UnicodeDecodeError as error:
+            raise LoadError(self._file.path, f"{key!r} is not UTF-8: {error}") from None
+
+    def merges(self, key):
+        """An array of strings that are two tokens and a space each, as a list of tuples.
+
+        Raises:
+            LoadError: if the value is no such array.
+        """
+        array = self._values.get(key)
+        if not isinstance(array, _Array) or array.type != STRING:
+            raise LoadError(self._file.path, f"expected {key!r} to be an array of str")
+        try:
+            return self._strings(key, _C.read_pairs)
+        except LoadError:
+            raise
+        except ValueError:
+            problem = "expected each merge to be two tokens and a space"
+            raise LoadError(self._file.path, problem) from None
+
+    def release(self):
+        """Gives the pages that arrays were read from back to the system, once they were."""
+        arrays = [v for v in self._values.values() if isinstance(v, _Array)]
+        if arrays:
+            begin = min(a.offset for a in arrays)
+            self._file.release(begin, max(a.end for a in arrays) - begin)
 
     def __contains__(self, key):
         return key in self._values
@@ -199,7 +228,11 @@ class GGUFCheckpoint(Checkpoint):
     def _build_tokenizer(self):
         from .gguf_tokenizer import tokenizer_from_gguf
 
-        return tokenizer_from_gguf(self)
+        try:
+            return tokenizer_from_gguf(self)
+        finally:
+            self.metadata.release()
+            _C.trim_heap()  # what the vocabulary took while it was taken apart
 
 
 def _read_preamble(reader):

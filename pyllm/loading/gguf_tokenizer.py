@@ -171,11 +171,7 @@ def _gpt2(checkpoint, tokens, types):
     if pre not in SPLITS:
         known = ", ".join(sorted(SPLITS))
         raise LoadError(checkpoint.path, f"pre-tokenizer {pre!r}: expected one of {known}")
-    pairs = _array(checkpoint, "tokenizer.ggml.merges", str)
-    flat = " ".join(pairs).split(" ")  # one pass over all of them is fast
-    if len(flat) != 2 * len(pairs):
-        raise LoadError(checkpoint.path, "expected each merge to be two tokens and a space")
-    merges = list(zip(flat[::2], flat[1::2], strict=True))
+    merges = checkpoint.metadata.merges("tokenizer.ggml.merges")
     backend = Tokenizer(
         models.BPE(_vocabulary(checkpoint, tokens), merges, ignore_merges=pre in IGNORE_MERGES)
     )

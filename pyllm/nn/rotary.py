@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import torch
 
 
@@ -24,7 +25,7 @@ def rotary_table(dim, n_positions, theta, scaling=None, factors=None) -> torch.T
     Raises:
         ValueError: for a way of scaling that is not one of these.
     """
-    frequencies = theta ** (-torch.arange(0, dim, 2, dtype=torch.float64) / dim)
+    frequencies = theta ** (-np.arange(0, dim, 2, dtype=np.float64) / dim)
     magnitude = 1.0
     scaling = scaling or {}
     kind = scaling.get("rope_type", "default")
@@ -39,16 +40,20 @@ def rotary_table(dim, n_positions, theta, scaling=None, factors=None) -> torch.T
     if factors is not None:
         if factors.numel() != dim // 2:
             raise ValueError(f"rope_freqs: expected {dim // 2} factors, got {factors.numel()}")
-        frequencies = frequencies / factors.double()
-    angles = torch.outer(torch.arange(n_positions, dtype=torch.float64), frequencies)
-    return (torch.cat([angles.cos(), angles.sin()], dim=1) * magnitude).float()
+        frequencies = frequencies / factors.double().numpy()
+    # In NumPy: PyTorch would start threads of its own for this, and lose more time than it takes.
+    angles = np.outer(np.arange(n_positions, dtype=np.float64), frequencies)
+    table = np.empty((n_positions, dim), dtype=np.float32)
+    table[:, : dim // 2] = np.cos(angles) * magnitude
+    table[:, dim // 2 :] = np.sin(angles) * magnitude
+    return torch.from_numpy(table)
 
 
 def _llama3(frequencies, scaling):
     factor, context = _positive(scaling, "factor"), _positive(scaling, _CONTEXT)
     low, high = _positive(scaling, "low_freq_factor"), _positive(scaling, "high_freq_factor")
     turns = context * frequencies / (2 * math.pi)  # turns within the original context
-    smooth = ((turns - low) / (high - low)).clamp(0, 1)
+    smooth = np.clip((turns - low) / (high - low), 0, 1)
     return (1 - smooth) * frequencies / factor + smooth * frequencies
 
 
@@ -64,7 +69,7 @@ def _yarn(frequencies, theta, dim, scaling):
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, dim - 1)
     high += 0.001 if low == high else 0
-    ramp = ((torch.arange(dim // 2, dtype=torch.float64) - low) / (high - low)).clamp(0, 1)
+    ramp = np.clip((np.arange(dim // 2, dtype=np.float64) - low) / (high - low), 0, 1)
     magnitude = scaling.get("attention_factor") or 0.1 * math.log(max(factor, 1.0)) + 1.0
     return frequencies / factor * ramp + frequencies * (1 - ramp), magnitude
 

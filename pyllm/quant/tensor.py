@@ -4,8 +4,8 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from pyllm import _C
-from pyllm.quant import memory, packing
+from pyllm import _C, memory
+from pyllm.quant import packing
 
 _ROUNDED_ROWS = 4096  # at a time; a multiple of packing.PANEL_ROWS
 

@@ -9,7 +9,7 @@ it. That changes no result, because keys and values do not depend on how a promp
 import math
 from collections import OrderedDict
 
-from pyllm.quant.memory import allocate
+from pyllm.memory import allocate
 
 
 class OutOfPages(RuntimeError):

@@ -7,7 +7,7 @@ is read from the buffers that the step was captured with.
 """
 
 import weakref
-from collections import defaultdict
+from bisect import bisect
 from contextlib import nullcontext
 
 import numpy as np
@@ -26,46 +26,80 @@ class _Loan(weakref.ref):
     """Says when the array that was lent is gone. Its callback is a builtin on purpose: Ctrl-C that
     arrives while a callback runs Python code would be swallowed with the callback's errors."""
 
-    __slots__ = ("block",)
+    __slots__ = ("begin", "end")
 
 
 class Arena:
     """Memory for the tensors of captured steps, and of eager ones, which spares them page faults.
 
-    A tensor's block is free again when its storage dies; later launches of the same plan may then
-    reuse it, since a plan runs in order. Plans of one arena must not run at the same time, and what
-    one returned is valid until the next one runs.
+    A tensor's bytes are free again when its storage dies; later launches of the same plan may then
+    reuse them, since a plan runs in order. Plans of one arena must not run at the same time, and
+    what one returned is valid until the next one runs.
+
+    A tensor takes the first gap that it fits into, so that steps of all sizes share the same bytes.
+    Regions are large, and only what was ever used of them takes up memory.
+
+    Attributes:
+        nbytes: how much of the regions was ever used.
     """
 
     _ALIGN = 64
+    _REGION = 64 << 20
 
     def __init__(self):
-        self._free: dict[int, list[np.ndarray]] = defaultdict(list)
+        self._regions: list[tuple[int, np.ndarray]] = []  # (address, bytes), by address
+        self._used: dict[int, int] = {}  # address of a region -> bytes of it ever used
+        self._free: list[tuple[int, int]] = []  # addresses (begin, end) of gaps, in order
         self._lent: dict[int, _Loan] = {}  # by id: what refers to an array has no hash
         self._returned: list[_Loan] = []
-        self.nbytes = 0
+
+    @property
+    def nbytes(self) -> int:
+        return sum(self._used.values())
 
     def empty(self, shape, dtype: torch.dtype) -> torch.Tensor:
         """An uninitialized contiguous tensor."""
         nbytes = torch.Size(shape).numel() * dtype.itemsize
-        size = max(1, -(-nbytes // 1024)) * 1024
+        size = max(1, -(-nbytes // self._ALIGN)) * self._ALIGN
         while self._returned:
             loan = self._returned.pop()
             del self._lent[id(loan)]
-            self._free[loan.block.size].append(loan.block)
-        block = self._free[size].pop() if self._free[size] else self._new_block(size)
+            self._give_back(loan.begin, loan.end)
+        begin = self._take(size)
+        region, memory = self._regions[bisect(self._regions, begin, key=lambda r: r[0]) - 1]
+        self._used[region] = max(self._used[region], begin + size - region)
         # The storage owns this array object; when it dies, so does the array.
-        array = block[:nbytes]
+        array = memory[begin - region : begin - region + nbytes]
         loan = _Loan(array, self._returned.append)
-        loan.block = block
+        loan.begin, loan.end = begin, begin + size
         self._lent[id(loan)] = loan
         return torch.from_numpy(array).view(dtype).view(shape)
 
-    def _new_block(self, size: int) -> np.ndarray:
-        self.nbytes += size
-        memory = np.empty(size + self._ALIGN, dtype=np.uint8)
-        start = -memory.ctypes.data % self._ALIGN
-        return memory[start : start + size]
+    def _take(self, size):
+        for i, (begin, end) in enumerate(self._free):
+            if end - begin >= size:
+                self._free[i : i + 1] = [(begin + size, end)] if end - begin > size else []
+                return begin
+        # Twice the alignment more: no two regions touch, so that no gap reaches across them.
+        length = max(size, self._REGION)
+        memory = np.empty(length + 2 * self._ALIGN, dtype=np.uint8)
+        address = memory.ctypes.data
+        memory = memory[-address % self._ALIGN :]
+        address += -address % self._ALIGN
+        self._regions.append((address, memory))
+        self._regions.sort(key=lambda r: r[0])
+        self._used[address] = 0
+        self._give_back(address, address + length)
+        return self._take(size)
+
+    def _give_back(self, begin, end):
+        i = bisect(self._free, (begin,))
+        if i < len(self._free) and self._free[i][0] == end:
+            end = self._free.pop(i)[1]
+        if i and self._free[i - 1][1] == begin:
+            i -= 1
+            begin = self._free.pop(i)[0]
+        self._free.insert(i, (begin, end))
 
 
 # What may be called while capturing: questions about a tensor, and what may return a view of it.
@@ -103,7 +137,7 @@ class Graph:
 
     def __init__(self, step, arena: Arena, check: bool):
         self.plan = _C.Plan()
-        self._arena = arena  # its free blocks are in the plan too
+        self._arena = arena  # its free bytes are in the plan too
         self.plan.begin()
         try:
             with alloc.use(arena), _OnlyViews() if check else nullcontext():

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from pyllm import DEFAULT_MODEL
+from pyllm.collector import paused_collector
 from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
 from pyllm.ops.registry import BACKENDS
@@ -49,6 +50,7 @@ class LLM:
         ValueError: if the file is damaged, or needs something that this version has not.
     """
 
+    @paused_collector()
     def __init__(
         self, model=DEFAULT_MODEL, *, device=None, dtype=None, max_context=None, max_batch=8,
         max_tokens=512, quantize=None, head_bits=None, backend=None, replay=True, progress=None,
