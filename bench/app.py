@@ -105,6 +105,18 @@ def perplexity(
     _run(p.measure, p.table, out, model, threads, text=text, head_bits=head_bits, rounds=rounds)
 
 
+@app.command(name="prompt_lookup")
+def prompt_lookup(
+    model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5,
+    k: Annotated[int, typer.Option(help="Guesses at most.")] = 15, temperature: float = 0.0,
+    out: Out = None,
+):  # fmt: skip
+    """Decoding with guesses from the prompt, beside plain decoding."""
+    from . import prompt_lookup as p
+
+    _run(p.measure, p.table, out, model, threads, rounds=rounds, k=k, temperature=temperature)
+
+
 @app.command(name="all")
 def everything(
     out: Annotated[

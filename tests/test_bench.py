@@ -101,6 +101,18 @@ def test_profile_counts_every_kernel_and_the_bytes_of_the_weights(model, tmp_pat
     assert sum(op["count"] for op in data["ops"] if "matmul" in op["op"]) == len(weights)
 
 
+def test_prompt_lookup(model):
+    from pyllm.bench import prompt_lookup
+
+    data = prompt_lookup.measure(model, threads=1, rounds=1, n=12)
+    rows = {row["task"]: row for row in data["rows"]}
+    assert list(rows) == list(prompt_lookup.TASKS)
+    assert [rows[task]["answers"] for task in ("edit", "story")] == [prompt_lookup.N_TEXTS, 1]
+    assert all(row["accepted"] <= row["drafted"] for row in data["rows"])
+    assert "edit" in [row[0] for row in prompt_lookup.cells(data)]
+    prompt_lookup.table(data)
+
+
 def test_startup_and_interference(model):
     from pyllm.bench import interference, startup
 
