@@ -128,8 +128,17 @@ def everything(
     ] = None,
     threads: Threads = None,
     rounds: Rounds = 7,
-    minutes: Annotated[float, typer.Option(help="For all together, about.")] = 25,
+    minutes: Annotated[
+        float, typer.Option(help="For what is timed in rounds; the rest takes ten.")
+    ] = 25,
     model: Annotated[list[str] | None, typer.Option(help="Default: all four; repeatable.")] = None,
+    part: Annotated[
+        list[str] | None,
+        typer.Option(help="Only this: profile, end_to_end, startup, ...; repeatable."),
+    ] = None,
+    resume: Annotated[bool, typer.Option(help="Leave out what this commit has been timed for.")] = (
+        False
+    ),
     peers_python: Other = None,
 ):
     """Everything, on every model, into a folder of results; then its plots and its page."""
@@ -141,7 +150,7 @@ def everything(
     with _status() as status:
         run(
             folder, model or models.NAMES, threads=threads, rounds=rounds, minutes=minutes,
-            other=peers_python, progress=status.update,
+            only=part, resume=resume, other=peers_python, progress=status.update,
         )  # fmt: skip
     plot(folder.parent)
 
@@ -162,6 +171,8 @@ def plot(
         for path in p.draw(folder):
             print(path)
     print(r.write(results))
+    if record.CHECKOUT and results.resolve() == record.RESULTS.resolve():
+        print(r.write_decode_step(results, record.CHECKOUT / "csrc/cpu/README.md"))
 
 
 def _run(measure, table, out, model, threads, **options):

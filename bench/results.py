@@ -3,6 +3,8 @@
 import json
 from pathlib import Path
 
+from . import models, prompt_lookup, suite
+
 OURS = "pyllm"
 
 
@@ -36,6 +38,10 @@ def _device(folder):
     contended = [name for name, data in files.items() if data["environment"]["contended"]]
     if contended:
         lines += [f"**Other processes were busy before: {', '.join(contended)}.**", ""]
+    missing = [f for f, *_ in suite.files(models.NAMES) if not (folder / f).exists()]
+    if missing:
+        names = ", ".join(name.removesuffix(".json") for name in missing)
+        lines += [f"Not measured on this machine yet: {names}.", ""]
     for name, data in files.items():
         kind = name.split("-", 1)[0]
         if kind in PARTS:
@@ -117,10 +123,47 @@ def _profile(data):
     return [title, "", *_table("op|launches|µs|share|GB/s of weights", rows)]
 
 
+def _perplexity(data):
+    rows = [
+        (r["head"], f"{r['bytes'] / 1e6:.1f}", f"{r['perplexity']:.3f}", f"{r['median']:.1f}")
+        for r in data["rows"]
+    ]
+    return [
+        f"### {data['model']}, an output head of fewer bits", "",
+        *_table(f"head|MB|perplexity|{data['test']}, tokens/s", rows),
+        f"Perplexity {data['cost']:+.2%} (standard error {data['cost_error']:.2%}, {data['tokens']}"
+        f" tokens of {data['text']}), decoding {data['gain']:+.1%}.", "",
+    ]  # fmt: skip
+
+
+def _prompt_lookup(data):
+    title = f"### {data['model']}, guesses from the prompt (at most {data['guesses']})"
+    return [title, "", *_table("|".join(prompt_lookup.HEAD), prompt_lookup.cells(data))]
+
+
 PARTS = {
-    "limits": _limits, "end_to_end": _end_to_end, "interference": _interference,
+    "limits": _limits, "perplexity": _perplexity, "prompt_lookup": _prompt_lookup,
+    "context": _end_to_end, "end_to_end": _end_to_end, "interference": _interference,
     "startup": _startup, "profile": _profile,
 }  # fmt: skip
+
+
+BEGIN, END = "<!-- decode step: begin -->\n", "<!-- decode step: end -->\n"
+
+
+def write_decode_step(root, page, model="smollm2-135m") -> Path:
+    """Rewrites the tables of `page`: the profile of a model's decoding step on each device."""
+    lines = []
+    for path in sorted(Path(root).glob(f"*/profile-{model}-depth*.json")):
+        data = json.loads(path.read_text())
+        where = data["environment"]
+        title = f"**{path.parent.name}**, commit {where['commit']}, {where['date'][:10]}"
+        noisy = "; other processes were busy before" if where["contended"] else ""
+        lines += [f"{title}{noisy}", "", *_profile(data)]
+    before, rest = page.read_text().split(BEGIN)
+    tables = "\n".join(lines).strip() or "None has been recorded yet."
+    page.write_text(f"{before}{BEGIN}\n{tables}\n\n{END}{rest.split(END)[1]}")
+    return page
 
 
 def _kernels(devices):

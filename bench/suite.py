@@ -1,49 +1,84 @@
 """Every benchmark on every model, each into a JSON file of its own."""
 
+import json
 import time
 
-from . import end_to_end, interference, limits, models, profile, record, startup
+from . import (
+    end_to_end,
+    interference,
+    limits,
+    models,
+    perplexity,
+    profile,
+    prompt_lookup,
+    record,
+    startup,
+)
+
+SAME = {"engines": list(end_to_end.SAME_BYTES)}
+# What is measured on which models, in the order of importance: (kind, what is added to the file's
+# name, function, options, on models larger than the caches too, share of the minutes). Without a
+# share it takes the time that it takes, which is seconds. The large models (the random ones) run
+# beside the peers that read the same bytes; converting them for the others would take long.
+PARTS = [
+    ("profile", "-depth16", profile.measure, {"depth": 16}, True, 0),
+    ("profile", "-depth512", profile.measure, {"depth": 512}, True, 0),
+    ("end_to_end", "", end_to_end.report, {}, True, 3),
+    ("startup", "", startup.measure, {"rounds": 5}, False, 0),
+    ("interference", "", interference.measure, {"rounds": 5}, False, 0),
+    ("perplexity", "", perplexity.measure, {"rounds": 5}, False, 0),
+    ("prompt_lookup", "", prompt_lookup.measure, {"rounds": 3}, False, 0),
+    ("context", "", end_to_end.report, {"tests": end_to_end.DEPTHS, **SAME}, False, 1),
+]
+KINDS = list(dict.fromkeys(part[0] for part in PARTS))
 
 
-def run(folder, names, *, threads, rounds, minutes, other=None, progress=lambda text: None):
-    """Runs all within about `minutes`: a benchmark that is timed in rounds gets its share.
+def is_large(name) -> bool:
+    """Whether a model is larger than any cache."""
+    return name.startswith("random-")
 
-    The models that are larger than caches (the random ones) are measured end to end and profiled
-    beside the peers that read the same bytes; converting them for the others would take long.
+
+def files(names, only=None):
+    """``(file name, model, kind, function, options, share)`` of all parts, one by one."""
+    for kind, suffix, measure, options, large_too, share in PARTS:
+        for name in names:
+            if (large_too or not is_large(name)) and (not only or kind in only):
+                yield f"{kind}-{name}{suffix}.json", name, kind, measure, options, share
+
+
+def run(
+    folder, names, *, threads, rounds, minutes, only=None, resume=False, other=None,
+    progress=lambda text: None,
+):  # fmt: skip
+    """Runs all; a benchmark that is timed in rounds gets its share of `minutes`.
+
+    Args:
+        only: kinds, of `KINDS`.
+        resume: True leaves out what was measured at this very commit.
     """
-    end = time.monotonic() + 60 * minutes
-    small = [name for name in names if not name.startswith("random-")]
-    shares = 4 * len(small) + 2 * (len(names) - len(small))  # end to end, and a context's half
-
-    def left(share):
-        nonlocal shares
-        budget = max(0.0, end - time.monotonic()) / 60 * share / max(shares, 1)
-        shares -= share
-        return budget
-
-    def save(kind, name, measure, **options):
-        progress(f"{kind} {name}")
-        where = record.environment(threads, other)
-        path = folder / f"{kind}-{name}.json"
-        record.write(path, measure(models.path_of(name), threads=threads, **options), where)
-
+    if unknown := set(only or ()) - set(KINDS):
+        raise ValueError(f"part: expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
     where = record.environment(threads, other)
     record.write(folder / "limits.json", {"limits": limits.measure(threads=threads)}, where)
-    for name in names:
-        save("profile", name, profile.measure)
-    for name in small:
-        few = min(rounds, 5)
-        save("startup", name, startup.measure, rounds=few, progress=progress)
-        save("interference", name, interference.measure, rounds=few, progress=progress)
-    same = list(end_to_end.SAME_BYTES)
-    for name in names:
-        share = 3 if name in small else 2
-        save(
-            "end_to_end", name, end_to_end.report, rounds=rounds, minutes=left(share), other=other,
-            engines=None if name in small else same, progress=progress,
-        )  # fmt: skip
-        if name in small:
-            save(
-                "context", name, end_to_end.report, rounds=rounds, minutes=left(1),
-                engines=same, tests=end_to_end.DEPTHS, progress=progress,
-            )  # fmt: skip
+    parts = [p for p in files(names, only) if not (resume and _is_done(folder / p[0]))]
+    end, shares = time.monotonic() + 60 * minutes, sum(share for *_, share in parts)
+    for file, name, kind, measure, options, share in parts:
+        progress(f"{kind} {name}")
+        if share:
+            left = max(0.0, end - time.monotonic()) / 60 * share / shares
+            shares -= share
+            options = {"rounds": rounds, "minutes": left, "other": other, **options}
+            if is_large(name):
+                options |= SAME
+        if kind != "profile":
+            options = {**options, "progress": progress}
+        where = record.environment(threads, other)
+        data = measure(models.path_of(name), threads=threads, **options)
+        record.write(folder / file, data, where)
+
+
+def _is_done(path):
+    if not path.exists():
+        return False
+    commit = json.loads(path.read_text())["environment"]["commit"]
+    return commit == record.commit() and not commit.endswith("-dirty")

@@ -184,7 +184,55 @@ def test_plots_and_the_page_of_results(tmp_path):
     for kind in ("end_to_end", "context", "profile"):
         assert "<svg" in (folder / f"{kind}-tiny.svg").read_text()
     page = (tmp_path / "README.md").read_text()
+    assert "Not measured on this machine yet: profile-smollm2-135m-depth16, " in page
     assert "| tg32@16 | llama.cpp | 1.5 | 1.0 to 2.0 | 1.00 x | 25% of bandwidth |" in page
     assert "Not measured: another (not installed)." in page
     assert "Other processes were busy" in page
     assert "| quant_matmul | timed | no kernel |" in page
+
+
+def test_the_page_beside_the_kernels_is_rewritten_between_its_marks(tmp_path):
+    from pyllm.bench import results
+
+    folder = tmp_path / "device"
+    folder.mkdir()
+    ops = [{"op": "rms_norm", "count": 2, "microseconds": 3.0, "bytes": 0}]
+    profile = CANNED | {"batch": 1, "microseconds": 3.0, "ops": ops}
+    for depth in (16, 512):
+        file = folder / f"profile-smollm2-135m-depth{depth}.json"
+        file.write_text(json.dumps(profile | {"depth": depth}))
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{results.BEGIN}old\n{results.END}below\n")
+    for _ in range(2):
+        text = results.write_decode_step(tmp_path, page).read_text()
+        assert text.startswith("above\n")
+        assert text.endswith("below\n")
+        assert "old" not in text
+        assert text.count("| rms_norm | 2 | 3.0 | 100.0% |  |") == 2
+    results.write_decode_step(tmp_path / "nothing", page)
+    assert "None has been recorded yet." in page.read_text()
+
+
+def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_path, monkeypatch):
+    from pyllm.bench import models, record, suite
+
+    runs = []
+
+    def measure(path, *, threads, progress):
+        runs.append(path)
+        return {}
+
+    monkeypatch.setattr(suite, "PARTS", [("startup", "", measure, {}, False, 0)])
+    monkeypatch.setattr(models, "path_of", lambda name: name)
+    monkeypatch.setattr(record, "commit", lambda: "abc")
+    options = {"threads": 1, "rounds": 1, "minutes": 1}
+    suite.run(tmp_path, ["a", "random-b"], **options)
+    assert runs == ["a"]  # not on a model larger than the caches
+    assert (tmp_path / "startup-a.json").exists()
+    suite.run(tmp_path, ["a", "c"], resume=True, **options)
+    assert runs == ["a", "c"]
+    monkeypatch.setattr(record, "commit", lambda: "abc-dirty")
+    suite.run(tmp_path, ["a"], resume=True, **options)
+    assert runs == ["a", "c", "a"]
+    with pytest.raises(ValueError, match=r"part: expected profile, .*, got nothing"):
+        suite.run(tmp_path, ["a"], only=["nothing"], **options)
