@@ -1,7 +1,8 @@
 """Where each microsecond of a decoding step goes, by op.
 
 The plan times every kernel with all threads, a barrier after each. The bytes of a matmul are its
-weights'; the figure is the fastest of several repeats, since an interruption only ever adds.
+weights'. Each kernel's figure is its fastest of several runs, since an interruption only ever adds;
+that of the step is their sum.
 """
 
 import random
@@ -23,7 +24,8 @@ def measure(model, *, threads=None, depth=512, batch=1, repeats=10) -> dict:
     llm.generate(ids, max_new_tokens=1)
     llm.generate(ids, max_new_tokens=4, ignore_eos=True)
     runs = [llm.engine.profile(batch) for _ in range(repeats)]
-    best = min(runs, key=lambda run: sum(seconds for _, seconds in run))
+    names = [name for name, _ in runs[0]]
+    best = [(names[i], min(run[i][1] for run in runs)) for i in range(len(names))]
     ops = defaultdict(lambda: {"count": 0, "microseconds": 0.0, "bytes": 0})
     weights = matmuls(llm.model)
     for name, seconds in best:

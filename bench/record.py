@@ -65,9 +65,14 @@ def commit() -> str:
     """The commit that is measured, ``-dirty`` if files differ from it; installed, the version."""
     if CHECKOUT is None:
         return f"pyllm {pyllm.__version__}"
-    command = ["git", "describe", "--always", "--dirty", "--abbrev=12", "--exclude=*"]
-    run = subprocess.run(command, capture_output=True, text=True, cwd=CHECKOUT)
-    return run.stdout.strip() or "unknown"
+    run = _git("rev-parse", "--short=12", "HEAD")
+    # What is written from figures changes none.
+    differs = _git("diff", "--quiet", "HEAD", "--", ".", ":!bench/results", ":!*.md").returncode
+    return run.stdout.strip() + "-dirty" * bool(differs) if run.returncode == 0 else "unknown"
+
+
+def _git(*arguments):
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, cwd=CHECKOUT)
 
 
 def flags() -> list[str]:

@@ -16,21 +16,6 @@ from . import (
 )
 
 SAME = {"engines": list(end_to_end.SAME_BYTES)}
-# What is measured on which models, in the order of importance: (kind, what is added to the file's
-# name, function, options, on models larger than the caches too, share of the minutes). Without a
-# share it takes the time that it takes, which is seconds. The large models (the random ones) run
-# beside the peers that read the same bytes; converting them for the others would take long.
-PARTS = [
-    ("profile", "-depth16", profile.measure, {"depth": 16}, True, 0),
-    ("profile", "-depth512", profile.measure, {"depth": 512}, True, 0),
-    ("end_to_end", "", end_to_end.report, {}, True, 3),
-    ("startup", "", startup.measure, {"rounds": 5}, False, 0),
-    ("interference", "", interference.measure, {"rounds": 5}, False, 0),
-    ("perplexity", "", perplexity.measure, {"rounds": 5}, False, 0),
-    ("prompt_lookup", "", prompt_lookup.measure, {"rounds": 3}, False, 0),
-    ("context", "", end_to_end.report, {"tests": end_to_end.DEPTHS, **SAME}, False, 1),
-]
-KINDS = list(dict.fromkeys(part[0] for part in PARTS))
 
 
 def is_large(name) -> bool:
@@ -38,11 +23,40 @@ def is_large(name) -> bool:
     return name.startswith("random-")
 
 
+def every(name):
+    return True
+
+
+def is_small(name):
+    return not is_large(name)
+
+
+def writes_text(name):
+    return name not in models.MADE
+
+
+# What is measured on which models, in the order of importance: (kind, what is added to the file's
+# name, function, options, whether for a model, by its name, share of the minutes). Without a
+# share it takes the time that it takes, which is seconds. The large models (the random ones) run
+# beside the peers that read the same bytes; converting them for the others would take long.
+PARTS = [
+    ("profile", "-depth16", profile.measure, {"depth": 16}, every, 0),
+    ("profile", "-depth512", profile.measure, {"depth": 512}, every, 0),
+    ("end_to_end", "", end_to_end.report, {}, every, 3),
+    ("startup", "", startup.measure, {"rounds": 5}, is_small, 0),
+    ("interference", "", interference.measure, {"rounds": 5}, is_small, 0),
+    ("perplexity", "", perplexity.measure, {"rounds": 5}, writes_text, 0),
+    ("prompt_lookup", "", prompt_lookup.measure, {"rounds": 3}, writes_text, 0),
+    ("context", "", end_to_end.report, {"tests": end_to_end.DEPTHS, **SAME}, is_small, 1),
+]
+KINDS = list(dict.fromkeys(part[0] for part in PARTS))
+
+
 def files(names, only=None):
     """``(file name, model, kind, function, options, share)`` of all parts, one by one."""
-    for kind, suffix, measure, options, large_too, share in PARTS:
+    for kind, suffix, measure, options, fits, share in PARTS:
         for name in names:
-            if (large_too or not is_large(name)) and (not only or kind in only):
+            if fits(name) and (not only or kind in only):
                 yield f"{kind}-{name}{suffix}.json", name, kind, measure, options, share
 
 

@@ -222,7 +222,7 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
         runs.append(path)
         return {}
 
-    monkeypatch.setattr(suite, "PARTS", [("startup", "", measure, {}, False, 0)])
+    monkeypatch.setattr(suite, "PARTS", [("startup", "", measure, {}, suite.is_small, 0)])
     monkeypatch.setattr(models, "path_of", lambda name: name)
     monkeypatch.setattr(record, "commit", lambda: "abc")
     options = {"threads": 1, "rounds": 1, "minutes": 1}
