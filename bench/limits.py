@@ -7,8 +7,7 @@ on registers, a multiplication and an addition counted as two operations.
 
 import time
 
-from pyllm import _C
-from pyllm.quant import memory
+from pyllm import _C, memory
 
 # what -> its name among the limits
 ARITHMETIC = {"int8": "int8_gops", "float32": "float32_gflops", "bfloat16": "bfloat16_gflops"}

@@ -11,9 +11,9 @@ import time
 
 import torch
 
-from pyllm import _C
+from pyllm import _C, memory
 from pyllm.ops import quant_matmul, quantize_activation
-from pyllm.quant import QuantTensor, memory, packing
+from pyllm.quant import QuantTensor, packing
 
 from . import limits
 
