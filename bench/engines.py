@@ -266,18 +266,21 @@ def interpreters(names=None, other=None) -> tuple[dict, list]:
 
     Args:
         names: of `ENGINES`; all by default.
-        other: a Python of another environment to look in too.
+        other: a Python of another environment, where peers are looked for first: say, one whose
+            llama.cpp was built for another instruction set (then set PYLLM_CPU_ISA too).
     """
     for name in names or []:
         if name not in ENGINES:
             raise ValueError(f"engine: expected {', '.join(ENGINES)}, got {name!r}")
-    found = {}
-    for python in filter(None, [sys.executable, other]):
+    ours = [name for name in names or ENGINES if ENGINES[name] is Pyllm]
+    found = dict.fromkeys(ours, sys.executable)
+    for python in filter(None, [other, sys.executable]):
         missing = [name for name in names or ENGINES if name not in found]
         packages = {name: ENGINES[name].package for name in missing}
         has = _installed(set(packages.values()), python)
         found |= {name: python for name, package in packages.items() if package in has}
-    return found, [name for name in names or ENGINES if name not in found]
+    order = [name for name in names or ENGINES if name in found]
+    return {name: found[name] for name in order}, [n for n in names or ENGINES if n not in found]
 
 
 def _installed(packages, python):

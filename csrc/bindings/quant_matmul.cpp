@@ -5,15 +5,17 @@ namespace pyllm {
 namespace {
 
 // Several chunks a thread, so that they balance, each of panels that stay in L2 while the tokens
-// pass. Where there are too few panels for that, tokens are divided too.
+// pass. Tokens are divided too: where there are too few panels, and so that a thread works on a
+// part of the rows of x and y only, which its own caches then hold.
 QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
-  constexpr int64_t kCache = 512 * 1024, kPerThread = 6, kTile = 12;
+  constexpr int64_t kCache = 512 * 1024, kPerThread = 6, kTile = 12, kTokens = 128;
   const int64_t tokens = q.shape[0], wanted = kPerThread * ThreadPool::get().size();
   const int64_t fit = std::max<int64_t>(kCache / w.panel_bytes(), 1);
   QuantMatmulArgs a{q, bias, y, w, 1, tokens};
   a.panels_per_chunk =
       std::clamp<int64_t>(w.panels() / wanted, 1, tokens > kTile ? fit : w.panels());
-  const int64_t blocks = std::max<int64_t>(wanted / a.panel_chunks(), 1);
+  const int64_t blocks =
+      std::max<int64_t>(wanted / a.panel_chunks(), (tokens + kTokens - 1) / kTokens);
   a.tokens_per_chunk = std::max<int64_t>((tokens / blocks + kTile - 1) / kTile * kTile, kTile);
   return a;
 }

@@ -23,6 +23,13 @@ struct Format {
   static constexpr int group_bytes = scale_bytes + 64 * vectors;
 };
 
+// Where a tile's sums go: sixteen floats a token, `stride` apart.
+struct TileOutput {
+  float* data;
+  int64_t stride;
+  float* row(int64_t t) const { return data + t * stride; }
+};
+
 // MR consecutive rows of quantized activations.
 struct ActivationRows {
   const uint8_t* data;
@@ -49,7 +56,7 @@ constexpr int kPrefetch = 2048;  // bytes ahead
 // vpdpbusd multiplies the unsigned quants of four k of 16 rows by four int8 of a token, broadcast
 // from memory. 12 integer and 12 float accumulators leave just enough registers for the weights.
 template <class F, int MR>
-void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
+void tile(const uint8_t* panel, ActivationRows x, TileOutput out) {
   const uint8_t* scale = x.data + x.layout.scale_at();
   const int64_t sum_at = 4 * x.layout.groups(), correction_at = 8 * x.layout.groups();
   const __m512i nibble = _mm512_set1_epi8(15);
@@ -103,7 +110,7 @@ void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
     }
   }
 #pragma GCC unroll 12
-  for (int t = 0; t < MR; ++t) store(out[t], acc[t]);
+  for (int t = 0; t < MR; ++t) store(out.row(t), acc[t]);
 }
 
 #elif defined(PYLLM_ISA_AVX2)
@@ -115,8 +122,7 @@ constexpr int kMaxTile = 4;
 // < 2^15); for 8 bits the quants are made signed and their sign is moved to the activations
 // (2 * 128 * 127 < 2^15), and every pair is widened at once.
 template <class F, int MR>
-PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half,
-                            float (*out)[kLanes]) {
+PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half, TileOutput out) {
   const uint8_t* scale = x.data + x.layout.scale_at();
   const int64_t sum_at = 4 * x.layout.groups(), correction_at = 8 * x.layout.groups();
   const __m256i ones = _mm256_set1_epi16(1);
@@ -179,11 +185,11 @@ PYLLM_INLINE void half_tile(const uint8_t* panel, ActivationRows x, int half,
     }
   }
 #pragma GCC unroll 4
-  for (int t = 0; t < MR; ++t) _mm256_storeu_ps(out[t] + 8 * half, acc[t]);
+  for (int t = 0; t < MR; ++t) _mm256_storeu_ps(out.row(t) + 8 * half, acc[t]);
 }
 
 template <class F, int MR>
-void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
+void tile(const uint8_t* panel, ActivationRows x, TileOutput out) {
   half_tile<F, MR>(panel, x, 0, out);
   half_tile<F, MR>(panel, x, 1, out);
 }
@@ -198,9 +204,9 @@ PYLLM_INLINE void add_quads(int32_t* dot, const uint8_t* w, int shift, int mask,
 }
 
 template <class F, int MR>
-void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
+void tile(const uint8_t* panel, ActivationRows x, TileOutput out) {
   const int64_t groups = x.layout.groups();
-  for (int t = 0; t < MR; ++t) store(out[t], zero());
+  for (int t = 0; t < MR; ++t) store(out.row(t), zero());
   for (int64_t g = 0; g < groups; ++g, panel += F::group_bytes) {
     const f32x16 d = load(reinterpret_cast<const f16*>(panel));
     for (int t = 0; t < MR; ++t) {
@@ -216,11 +222,11 @@ void tile(const uint8_t* panel, ActivationRows x, float (*out)[kLanes]) {
       }
       f32x16 exact;
       for (int i = 0; i < kLanes; ++i) exact.v[i] = static_cast<float>(dot[i]);
-      f32x16 acc = fma(exact, d * splat(float_at(scale)), load(out[t]));
+      f32x16 acc = fma(exact, d * splat(float_at(scale)), load(out.row(t)));
       if constexpr (F::minimum)
         acc = fma(load(reinterpret_cast<const f16*>(panel + 32)),
                   splat(float_at(scale + 4 * groups)), acc);
-      store(out[t], acc);
+      store(out.row(t), acc);
     }
   }
 }

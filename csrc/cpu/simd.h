@@ -56,11 +56,7 @@ PYLLM_INLINE f32x16 select_less(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
 // x * 2^n, for integral n in [-126, 127]
-PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) {
-  const __m512i e = _mm512_slli_epi32(_mm512_cvtps_epi32(n.v), 23);
-  return {
-      _mm512_mul_ps(x.v, _mm512_castsi512_ps(_mm512_add_epi32(e, _mm512_set1_epi32(0x3f800000))))};
-}
+PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 PYLLM_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a.v); }
 PYLLM_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
@@ -324,6 +320,10 @@ PYLLM_INLINE f32x16 load_n(const T* p, int64_t n, float fill = 0.0f) {
 template <class T>
 PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
   if (n >= kLanes) return store(p, a);
+#if defined(PYLLM_ISA_AVX512)
+  if constexpr (std::is_same_v<T, float>)
+    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), a.v);
+#endif
   alignas(64) float lanes[kLanes];
   store(lanes, a);
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
