@@ -36,6 +36,10 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
         check_page(c, page_table, b, at[t], page_size, pages);
       }
   }
+  int64_t tokens_per_chunk =
+      rows_per_chunk(c.dim("T"), (c.dim("H") + 2 * c.dim("Hkv")) * c.dim("D"));
+  // Threads that write keys side by side into one page would take its memory from each other.
+  if (k_cache.stride[3] != 1) tokens_per_chunk = std::max(tokens_per_chunk, page_size);
   RopeCacheArgs args{q,
                      k,
                      v,
@@ -49,7 +53,7 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
                      page_table.stride[0],
                      page_table.shape[1],
                      batch,
-                     rows_per_chunk(c.dim("T"), (c.dim("H") + 2 * c.dim("Hkv")) * c.dim("D")),
+                     tokens_per_chunk,
                      interleaved};
   run(make_launch("rope_cache", kernels().rope_cache, args));
 }

@@ -148,8 +148,8 @@ struct Tile {
     return x;
   }
 
-  // Turns the scores of row r in a block into weights, and returns their sum.
-  float weigh(int64_t r, int64_t block, int64_t vectors, float* x) {
+  // Finishes the scores of row r in a block, and returns the largest.
+  float finish_scores(int64_t r, int64_t block, int64_t vectors, float* x) {
     const Range see = w.visible[r];
     const int64_t end = see.end - block;
     const f32x16 first = splat(static_cast<float>(see.begin - block));
@@ -173,12 +173,14 @@ struct Tile {
       store(x + v * kLanes, y);
       top = max(y, top);
     }
-    const float block_maximum = reduce_max(top);
-    if (block_maximum > w.split.maximum[r]) w.split.maximum[r] = block_maximum;
-    const f32x16 base = splat(base_of(w.split.maximum[r]));
+    return reduce_max(top);
+  }
+
+  // Turns scores into weights, and returns their sum.
+  static float weigh(float base, int64_t vectors, float* x) {
     f32x16 sum = zero();
     for (int64_t v = 0; v < vectors; ++v) {
-      const f32x16 p = exp2(load(x + v * kLanes) - base);
+      const f32x16 p = exp2(load(x + v * kLanes) - splat(base));
       store(x + v * kLanes, p);
       sum = sum + p;
     }
@@ -207,12 +209,16 @@ struct Tile {
       score(KeyGroups<float>{k_copies, kBlockKeys, nullptr});
 
     alignas(64) float fade[kLanes] = {};
-    float sums[kTileRows];
-    for (int64_t i = 0; i < n; ++i) {
-      fade[i] = w.split.maximum[r + i];
-      sums[i] = weigh(r + i, block, vectors, w.weights + i * kBlockKeys);
-      fade[i] -= base_of(w.split.maximum[r + i]);
+    float base[kTileRows], sums[kTileRows];
+    for (int64_t i = 0; i < n; ++i) {  // a loop for each: what a row waits for, others can use
+      const float top = finish_scores(r + i, block, vectors, w.weights + i * kBlockKeys);
+      float& maximum = w.split.maximum[r + i];
+      fade[i] = maximum;
+      if (top > maximum) maximum = top;
+      base[i] = base_of(maximum);
+      fade[i] -= base[i];
     }
+    for (int64_t i = 0; i < n; ++i) sums[i] = weigh(base[i], vectors, w.weights + i * kBlockKeys);
     store(fade, exp2(load(fade)));
     for (int64_t i = 0; i < n; ++i) {
       w.split.sum[r + i] = w.split.sum[r + i] * fade[i] + sums[i];
@@ -313,8 +319,9 @@ void attention(const AttentionArgs& a, int64_t chunk) {
   const int64_t rows = smaller(a.tile_rows(), s.q_len * a.group() - first_row), d = a.q.shape[3];
   const auto run = [&](auto* type) {
     using T = std::remove_pointer_t<decltype(type)>;
-    // Converting once is worth a copy where several tiles of rows read the block.
-    const bool few = rows <= 2 * kTileRows;
+    // Half precision leaves a block in L1 for all rows; but where converting is slow, it is worth a
+    // copy once several tiles of rows read the block.
+    const bool few = kTileRows >= 6 || rows <= 2 * kTileRows;
     const bool keys_in_place = a.keys_side_by_side() && few;
     const bool values_in_place = d % kLanes == 0 && (sizeof(T) == 4 || few);
     Tile<T> tile{a,
