@@ -11,6 +11,8 @@ from setuptools import Extension, find_packages, setup
 from setuptools.command.build_ext import build_ext
 
 ROOT = Path(__file__).parent.resolve()
+# Options of the build that environment variables of the same names set; see CMakeLists.txt.
+CMAKE_VARIABLES = ("PYLLM_EMULATOR", "PYLLM_CUDA", "PYLLM_CUDA_ARCHS")
 
 
 def works(tool, minimum=(0, 0)):
@@ -37,6 +39,11 @@ def run(command):
 
 
 class CMakeBuild(build_ext):
+    def run(self):
+        # Who only installs does not wait for the CUDA kernels on the emulator, which tests run.
+        self.for_development = self.inplace or self.editable_mode
+        super().run()
+
     def build_extension(self, ext):
         import pybind11
 
@@ -54,6 +61,8 @@ class CMakeBuild(build_ext):
             f"-Dpybind11_DIR={pybind11.get_cmake_dir()}",
             f"-DCMAKE_LIBRARY_OUTPUT_DIRECTORY={output.parent}",
             f"-DCMAKE_BUILD_TYPE={'Debug' if self.debug else 'Release'}",
+            f"-DPYLLM_EMULATED_KERNELS={'ON' if self.for_development else 'OFF'}",
+            *(f"-D{v}={os.environ[v]}" for v in CMAKE_VARIABLES if v in os.environ),
             *shlex.split(os.environ.get("CMAKE_ARGS", "")),
         ]
         run(configure)
@@ -70,9 +79,14 @@ class CMakeBuild(build_ext):
 setup(
     # kernels/ and bench/ are at the top level of the repository, and in pyllm once installed.
     # kernels/ has no __init__.py, so that it never shadows another package of that name.
-    packages=[*find_packages(include=["pyllm*"]), "pyllm.kernels", "pyllm.bench"],
-    package_dir={"pyllm.kernels": "kernels", "pyllm.bench": "bench"},
-    package_data={"pyllm.kernels": ["README.md"], "pyllm.bench": ["alice.txt"]},
+    # The headers of csrc/ are what `pyllm emulate` compiles a kernel with.
+    packages=[*find_packages(include=["pyllm*"]), "pyllm.kernels", "pyllm.bench", "pyllm.csrc"],
+    package_dir={"pyllm.kernels": "kernels", "pyllm.bench": "bench", "pyllm.csrc": "csrc"},
+    package_data={
+        "pyllm.kernels": ["README.md"],
+        "pyllm.bench": ["alice.txt", "traffic.json"],
+        "pyllm.csrc": ["core/*.h", "cuda/*.h", "cuda/*.cuh", "cuda/*.def", "emulator/*.h"],
+    },
     ext_modules=[Extension("pyllm._C", sources=[])],
     cmdclass={"build_ext": CMakeBuild},
     setup_requires=missing_tools(),

@@ -25,14 +25,37 @@ DEFAULT = "smollm2-135m"
 
 def main(arguments):
     """Runs a command."""
-    if arguments[:1] == ["--profile"]:
-        arguments = ["profile", *arguments[1:]]
+    if arguments[:1] in (["--profile"], ["--emulate"]):
+        arguments = [arguments[0].removeprefix("--"), *arguments[1:]]
     return app(args=arguments, prog_name="pyllm bench", standalone_mode=False)
 
 
 @app.callback()
 def about():
-    """Measures kernels and whole models, beside their peers. --profile is short for profile."""
+    """Measures kernels and whole models, beside their peers. --emulate and --profile may
+    have their dashes."""
+
+
+@app.command()
+def emulate(
+    op: Annotated[str, typer.Argument(help="Its CUDA kernels; all: those of every op.")] = "all",
+    update: Annotated[bool, typer.Option(help="Make it what the tests compare with.")] = False,
+):
+    """The memory traffic of CUDA kernels, counted by the emulator: needs no GPU."""
+    from rich.console import Console
+
+    from . import emulate as e
+
+    if op != "all" and op not in e.CASES:
+        raise ValueError(f"expected all, {', '.join(e.CASES)}; got {op}")
+    if update and op != "all":
+        raise ValueError("--update: expected all ops")
+    counted = {name: e.measure(name) for name in (e.CASES if op == "all" else [op])}
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    for name, cases in counted.items():
+        console.print(e.table(name, cases))
+    if update:
+        print(e.write(counted))
 
 
 @app.command(name="end_to_end")

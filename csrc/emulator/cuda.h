@@ -22,7 +22,7 @@
 #define __launch_bounds__(...)
 #define __grid_constant__
 #define __constant__ static
-#define __align__(n) alignas(n)
+#define __align__(n) __attribute__((aligned(n)))
 // A block stays on one thread of the host, so its shared variables are that thread's. `extern
 // __shared__` arrays do not work: kernels call pyllm::cuda::dynamic_shared(), which also does on
 // the device, and `pyllm emulate` rewrites such declarations.

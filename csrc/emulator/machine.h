@@ -63,7 +63,6 @@ struct Lane {
   Pc pc = 0;  // of the operation it waits at
   uint32_t mask = 0;
   const char* what = "";  // that operation's name
-  int barrier_id = 0;
   WarpArgs args;
   uint32_t clock = 0;
   Clocks* clocks = nullptr;
@@ -75,7 +74,8 @@ struct Lane {
   uint32_t bit() const { return 1u << (index % 32); }
 };
 
-using WarpFunction = void (*)(Block&, Lane* lanes, uint32_t mask);
+// Runs it for the lanes of `mask`; false if they go on waiting.
+using WarpFunction = bool (*)(Block&, Lane* lanes, uint32_t mask);
 
 struct WarpGroup {  // the lanes that wait for one warp-wide operation
   WarpFunction run;
@@ -91,7 +91,7 @@ struct NamedBarrier {
   int expected = 0, arrived = 0;
   Clocks* joined = nullptr;
   std::vector<Lane*> waiting;
-  int votes = 0, voters = 0;
+  int votes = 0;
 };
 
 struct MBarrier {
@@ -150,7 +150,7 @@ struct Block {
   void block_and_switch(Lane* me);  // to another lane; away from a runnable one only by chance
   void make_runnable(Lane* lane);
   void warp_op(const char* what, Pc pc, uint32_t mask, WarpFunction run);
-  int barrier(const char* what, Pc pc, int id, int threads, bool wait, Vote vote, int predicate);
+  bool arrive(Lane* warp, uint32_t mask);
   [[noreturn]] void fail(const Lane* lane, Pc pc, const std::string& message);
   void stuck();
   std::string where(const Lane* lane, Pc pc) const;
@@ -162,6 +162,7 @@ struct Block {
   void flush(int warp);
   // Offset into the block's shared memory, dynamic then static; -1 elsewhere.
   int64_t shared_offset(uintptr_t address) const;
+  std::string shared_place(size_t offset) const;
   Cell& cell_at(int64_t offset);
 
   // --- clocks
@@ -208,6 +209,14 @@ struct Block {
   std::vector<Clocks*> free_clocks;
   Traffic traffic;
 };
+
+template <class F>
+void for_lanes(uint32_t mask, F f) {
+  for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
+}
+
+// For the PTX instructions marked .aligned: the lanes must be at the same place.
+void same_place(Block& block, Lane* lanes, uint32_t mask);
 
 // The lane whose stack this is, or null on a thread of the host.
 Lane* current_lane();

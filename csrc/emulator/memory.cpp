@@ -78,6 +78,11 @@ void Block::access(Lane* me, const void* pointer, int bytes, bool write, Pc pc) 
   }
 }
 
+std::string Block::shared_place(size_t offset) const {
+  return offset < kStatics ? format("byte %zu of dynamic shared memory", offset)
+                           : format("byte %zu of static shared memory", offset - kStatics);
+}
+
 void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc, bool async) {
   if (offset < kStatics && offset + bytes > dynamic_bytes)
     fail(me, pc,
@@ -93,16 +98,16 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
       const Lane& other = lanes[e.lane];
       if (e.in_flight)
         fail(me, pc,
-             format(
-                 "%s of shared memory (byte %zu) that an asynchronous copy by warp %d, lane %d at "
-                 "%s has not delivered: it was not waited for",
-                 verb(write), offset, other.warp(), other.index % 32,
-                 source_line(e.pc, *launch).c_str()));
-      fail(me, pc,
-           format("race in shared memory (byte %zu): this %s is not ordered by a barrier "
-                  "after the %s by warp %d, lane %d at %s",
-                  offset, verb(write), verb(other_write), other.warp(), other.index % 32,
-                  source_line(e.pc, *launch).c_str()));
+             format("%s of %s that an asynchronous copy by warp %d, lane %d at %s has not "
+                    "delivered: it was not waited for",
+                    verb(write), shared_place(offset).c_str(), other.warp(), other.index % 32,
+                    source_line(e.pc, *launch).c_str()));
+      fail(
+          me, pc,
+          format("race at %s: this %s is not ordered by a barrier after the %s by warp %d, lane %d "
+                 "at %s",
+                 shared_place(offset).c_str(), verb(write), verb(other_write), other.warp(),
+                 other.index % 32, source_line(e.pc, *launch).c_str()));
     };
     const Epoch& w = cell.write;
     if (w.bytes & mask && (w.in_flight || !ordered(w, me))) race(w, true);

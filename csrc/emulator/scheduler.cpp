@@ -240,7 +240,8 @@ void Block::stuck() {
       const bool exists = lane.warp() * 32 + j < n_lanes;
       if (exists && other.state == State::WarpOp && other.mask == lane.mask) continue;
       culprit = &lane;
-      message = format("%s with mask 0x%08x waits for lane %d, which ", lane.what, lane.mask, j);
+      message = format("divergent %s with mask 0x%08x waits for lane %d, which ", lane.what,
+                       lane.mask, j);
       if (!exists)
         message += "does not exist";
       else if (other.state == State::Done)
@@ -308,72 +309,73 @@ void Block::warp_op(const char* what, Pc pc, uint32_t mask, WarpFunction run) {
   warp.groups.erase(warp.groups.begin() + (group - warp.groups.data()));
   idle_rounds = 0;
   ++traffic.instructions[what];
-  run(*this, lanes + me->warp() * 32, mask);
-  if (mask == warp.alive) flush(me->warp());
-  for (uint32_t m = mask & ~me->bit(); m; m &= m - 1)
-    make_runnable(lanes + me->warp() * 32 + std::countr_zero(m));
+  Lane* const first = lanes + me->warp() * 32;
+  if (run(*this, first, mask)) {
+    if (mask == warp.alive) flush(me->warp());
+    for_lanes(mask, [&](int i) { make_runnable(first + i); });
+  }
   block_and_switch(me);
 }
 
-int Block::barrier(const char* what, Pc pc, int id, int threads, bool wait, Vote vote,
-                   int predicate) {
+void same_place(Block& block, Lane* lanes, uint32_t mask) {
+  const Lane& first = lanes[std::countr_zero(mask)];
+  for_lanes(mask, [&](int i) {
+    if (lanes[i].pc != first.pc)
+      block.fail(lanes + i, lanes[i].pc,
+                 format("divergent %s: lane %d executes another one, at %s", lanes[i].what,
+                        first.index % 32, source_line(first.pc, *block.launch).c_str()));
+  });
+}
+
+// A whole warp arrives at a barrier. Each lane brings the barrier's id, its size, whether it waits,
+// and its vote.
+bool Block::arrive(Lane* warp, uint32_t mask) {
+  same_place(*this, warp, mask);
   Lane* me = current_lane();
-  if (threads <= 0) threads = n_lanes;
-  if (threads % 32 && threads != n_lanes)
-    fail(me, pc, format("%s of %d threads; expected a multiple of 32", what, threads));
-  if (id < 0 || id > kSyncThreads) fail(me, pc, format("%s: no barrier has the id %d", what, id));
+  const auto [id, threads, waits, vote] =
+      std::array{me->args.u32[0], me->args.u32[1], me->args.u32[2], me->args.u32[3]};
+  if (id > kSyncThreads)
+    fail(me, me->pc, format("%s: no barrier has the id %d", me->what, int(id)));
   NamedBarrier& b = barriers[id];
-  if (b.arrived && b.expected != threads)
-    fail(me, pc, format("%s of %d threads, but others said %d", what, threads, b.expected));
-  // All lanes of a warp arrive at the same barrier at the same place: the instruction is aligned.
-  const int first = me->warp() * 32;
-  for (int j = 0; j < 32 && first + j < n_lanes; ++j) {
-    const Lane& other = lanes[first + j];
-    const bool waits_elsewhere =
-        other.state == State::Barrier && (other.pc != pc || other.barrier_id != id);
-    if (waits_elsewhere)
-      fail(me, pc,
-           format("divergent barrier: lane %d waits at %s", j,
-                  source_line(other.pc, *launch).c_str()));
-    if (other.state == State::Done)
-      fail(me, pc, format("divergent barrier: lane %d of this warp has returned", j));
-  }
-  b.expected = threads;
+  if (threads == 0 || (threads % 32 && threads != static_cast<uint32_t>(n_lanes)))
+    fail(me, me->pc, format("%s of %u threads; expected a multiple of 32", me->what, threads));
+  if (b.arrived && b.expected != static_cast<int>(threads))
+    fail(me, me->pc, format("%s of %u threads, but others said %d", me->what, threads, b.expected));
+  b.expected = static_cast<int>(threads);
   if (!b.joined) {
     b.joined = fresh_clocks();
     b.joined->holders = 1;
     b.joined->at = me->clocks->at;
   }
-  join(b.joined, me);
-  ++me->clock;
-  ++b.arrived;
-  b.votes += predicate != 0;
-  if (first == me->index) ++traffic.instructions[what];
-  me->pc = pc;
-  me->what = what;
-  me->barrier_id = id;
-  if (wait) b.waiting.push_back(me);
-  if (b.arrived < threads) {
-    if (!wait) return 0;
-    me->state = State::Barrier;
-    block_and_switch(me);
-  } else {
-    idle_rounds = 0;
-    for (Lane* lane : b.waiting) {
-      hold(lane, b.joined);
-      lane->args.u32[0] = vote == Vote::Count ? b.votes
-                          : vote == Vote::And ? b.votes == threads
-                                              : b.votes > 0;
-      if (lane != me) make_runnable(lane);
+  for_lanes(mask, [&](int i) {
+    Lane& lane = warp[i];
+    join(b.joined, &lane);
+    ++lane.clock;
+    ++b.arrived;
+    b.votes += lane.args.u32[4] != 0;
+    if (waits) {
+      b.waiting.push_back(&lane);
+      lane.state = State::Barrier;
     }
-    release(b.joined);
-    b = {};
-    for (int w = 0; w * 32 < n_lanes; ++w)
-      if (threads == n_lanes || w == me->warp()) flush(w);
-    if (!wait) return 0;
-    block_and_switch(me);
+  });
+  if (b.arrived > b.expected)
+    fail(me, me->pc,
+         format("%s: %d threads came, %d were expected", me->what, b.arrived, b.expected));
+  flush(me->warp());
+  if (b.arrived < b.expected) return !waits;
+  for (Lane* lane : b.waiting) {
+    hold(lane, b.joined);
+    switch (static_cast<Vote>(vote)) {
+      case Vote::None: break;
+      case Vote::Count: lane->args.u32[0] = static_cast<uint32_t>(b.votes); break;
+      case Vote::And: lane->args.u32[0] = b.votes == b.expected; break;
+      case Vote::Or: lane->args.u32[0] = b.votes > 0; break;
+    }
+    make_runnable(lane);
   }
-  return static_cast<int>(me->args.u32[0]);
+  release(b.joined);
+  b = {};
+  return true;
 }
 
 // --- the kernel's side --------------------------------------------------------------------------
@@ -399,15 +401,31 @@ uint32_t active_mask() {
   return me->block->warps[me->warp()].alive;
 }
 
+namespace {
+bool do_barrier(Block& block, Lane* lanes, uint32_t mask) { return block.arrive(lanes, mask); }
+
+int barrier(const char* what, Pc pc, int id, int threads, bool waits, Vote vote, int predicate) {
+  Lane* me = current_lane();
+  const int first = me->warp() * 32, left = me->block->n_lanes - first;
+  me->args.u32[0] = static_cast<uint32_t>(id);
+  me->args.u32[1] = static_cast<uint32_t>(threads);
+  me->args.u32[2] = waits;
+  me->args.u32[3] = static_cast<uint32_t>(vote);
+  me->args.u32[4] = predicate != 0;
+  me->block->warp_op(what, pc, left >= 32 ? ~0u : (1u << left) - 1, do_barrier);
+  return static_cast<int>(me->args.u32[0]);
+}
+}  // namespace
+
 int sync_threads(Vote vote, int predicate) {
-  return current_lane()->block->barrier("__syncthreads", EMU_PC, kSyncThreads, 0, true, vote,
-                                        predicate);
+  const int threads = current_lane()->block->n_lanes;
+  return barrier("barrier __syncthreads", EMU_PC, kSyncThreads, threads, true, vote, predicate);
 }
 void barrier_sync(int id, int threads) {
-  current_lane()->block->barrier("bar.sync", EMU_PC, id, threads, true, Vote::None, 0);
+  barrier("barrier bar.sync", EMU_PC, id, threads, true, Vote::None, 0);
 }
 void barrier_arrive(int id, int threads) {
-  current_lane()->block->barrier("bar.arrive", EMU_PC, id, threads, false, Vote::None, 0);
+  barrier("barrier bar.arrive", EMU_PC, id, threads, false, Vote::None, 0);
 }
 
 void nanosleep() {

@@ -8,14 +8,9 @@
 namespace emu {
 namespace {
 
-Block& block_of(Lane* lane) { return *lane->block; }
+constexpr uint32_t kAll = 0xffffffffu;
 
-template <class F>
-void for_lanes(uint32_t mask, F f) {
-  for (; mask; mask &= mask - 1) f(std::countr_zero(mask));
-}
-
-void order(Block& block, Lane* lanes, uint32_t mask) {
+bool order(Block& block, Lane* lanes, uint32_t mask) {
   Clocks* joined = block.fresh_clocks();
   joined->at = lanes[std::countr_zero(mask)].clocks->at;
   const Clocks* last = nullptr;
@@ -25,10 +20,11 @@ void order(Block& block, Lane* lanes, uint32_t mask) {
   });
   for_lanes(mask, [&](int i) { joined->at[lanes[i].index] = lanes[i].clock++; });
   for_lanes(mask, [&](int i) { block.hold(lanes + i, joined); });
+  return true;
 }
 
 // args: value, argument, width << 8 | mode
-void do_shuffle(Block& block, Lane* lanes, uint32_t mask) {
+bool do_shuffle(Block& block, Lane* lanes, uint32_t mask) {
   uint64_t result[32];
   for_lanes(mask, [&](int i) {
     const int argument = static_cast<int>(lanes[i].args.u64[1]);
@@ -48,15 +44,17 @@ void do_shuffle(Block& block, Lane* lanes, uint32_t mask) {
     result[i] = lanes[from].args.u64[0];
   });
   for_lanes(mask, [&](int i) { lanes[i].args.u64[0] = result[i]; });
+  return true;
 }
 
-void do_ballot(Block&, Lane* lanes, uint32_t mask) {
+bool do_ballot(Block&, Lane* lanes, uint32_t mask) {
   uint32_t votes = 0;
   for_lanes(mask, [&](int i) { votes |= lanes[i].args.u32[0] ? 1u << i : 0; });
   for_lanes(mask, [&](int i) { lanes[i].args.u32[0] = votes; });
+  return true;
 }
 
-void do_match(Block&, Lane* lanes, uint32_t mask) {
+bool do_match(Block&, Lane* lanes, uint32_t mask) {
   uint32_t result[32];
   for_lanes(mask, [&](int i) {
     result[i] = 0;
@@ -65,6 +63,7 @@ void do_match(Block&, Lane* lanes, uint32_t mask) {
     });
   });
   for_lanes(mask, [&](int i) { lanes[i].args.u32[0] = result[i]; });
+  return true;
 }
 
 uint32_t combine(Reduce op, uint32_t a, uint32_t b) {
@@ -82,29 +81,21 @@ uint32_t combine(Reduce op, uint32_t a, uint32_t b) {
   return 0;
 }
 
-void do_reduce(Block&, Lane* lanes, uint32_t mask) {
+bool do_reduce(Block&, Lane* lanes, uint32_t mask) {
   const int first = std::countr_zero(mask);
   uint32_t value = lanes[first].args.u32[0];
   for_lanes(mask & (mask - 1), [&](int i) {
     value = combine(static_cast<Reduce>(lanes[i].args.u32[1]), value, lanes[i].args.u32[0]);
   });
   for_lanes(mask, [&](int i) { lanes[i].args.u32[0] = value; });
-}
-
-// The PTX instructions marked .aligned: all lanes at the same place.
-void same_place(Block& block, Lane* lanes, const char* what) {
-  for (int i = 1; i < 32; ++i)
-    if (lanes[i].pc != lanes[0].pc)
-      block.fail(lanes + i, lanes[i].pc,
-                 format("%s: lane 0 executes another one, at %s", what,
-                        source_line(lanes[0].pc, *block.launch).c_str()));
+  return true;
 }
 
 // args: row address, matrices, transposed. Lanes 8 m to 8 m + 7 bring the rows of matrix m; lane l
 // takes row l / 4, columns 2 (l % 4) and the next, or with .trans the same of the transpose.
 template <int kMatrices>
-void do_ldmatrix(Block& block, Lane* lanes, uint32_t) {
-  same_place(block, lanes, "ldmatrix");
+bool do_ldmatrix(Block& block, Lane* lanes, uint32_t) {
+  same_place(block, lanes, kAll);
   uint16_t matrix[kMatrices][8][8];
   for (int l = 0; l < 8 * kMatrices; ++l) {
     Lane& lane = lanes[l];
@@ -129,6 +120,7 @@ void do_ldmatrix(Block& block, Lane* lanes, uint32_t) {
       const uint32_t hi = transposed ? matrix[m][c + 1][r] : matrix[m][r][c + 1];
       lanes[l].args.u32[m] = lo | hi << 16;
     }
+  return true;
 }
 
 // The halves of a register as floats.
@@ -147,8 +139,8 @@ void unpack(uint32_t x, float* out) {
 // g + 8, columns 2 t, 2 t + 1 and those + 8; of B (16 x 8) rows 2 t, 2 t + 1 and those + 8 of
 // column g; of C (16 x 8) rows g and g + 8, columns 2 t and 2 t + 1.
 template <Half kType>
-void do_mma16(Block& block, Lane* lanes, uint32_t) {
-  same_place(block, lanes, "mma");
+bool do_mma16(Block& block, Lane* lanes, uint32_t) {
+  same_place(block, lanes, kAll);
   float a[16][16], b[16][8], c[16][8];
   for (int l = 0; l < 32; ++l) {
     const int g = l / 4, t = l % 4 * 2;
@@ -170,13 +162,14 @@ void do_mma16(Block& block, Lane* lanes, uint32_t) {
       for (int j = 0; j < 8; ++j) c[i][j] += a[i][k] * b[k][j];
   for (int l = 0; l < 32; ++l)
     for (int i = 0; i < 4; ++i) lanes[l].args.f32[i] = c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2];
+  return true;
 }
 
 // args: a[4], b[2], c[4]. As above with four bytes where there are two halves: A (16 x 32) columns
 // 4 t to 4 t + 3 and those + 16, B (32 x 8) rows the same.
 template <class A, class B>
-void do_mma32(Block& block, Lane* lanes, uint32_t) {
-  same_place(block, lanes, "mma");
+bool do_mma32(Block& block, Lane* lanes, uint32_t) {
+  same_place(block, lanes, kAll);
   int a[16][32], b[32][8], c[16][8];
   for (int l = 0; l < 32; ++l) {
     const int g = l / 4, t = l % 4;
@@ -194,15 +187,12 @@ void do_mma32(Block& block, Lane* lanes, uint32_t) {
   for (int l = 0; l < 32; ++l)
     for (int i = 0; i < 4; ++i)
       lanes[l].args.u32[i] = static_cast<uint32_t>(c[l / 4 + i / 2 * 8][l % 4 * 2 + i % 2]);
+  return true;
 }
-
-constexpr uint32_t kAll = 0xffffffffu;
 
 }  // namespace
 
-void sync_warp(uint32_t mask) {
-  block_of(current_lane()).warp_op("__syncwarp", EMU_PC, mask, order);
-}
+void sync_warp(uint32_t mask) { current_lane()->block->warp_op("__syncwarp", EMU_PC, mask, order); }
 
 uint64_t shuffle(Shuffle mode, uint32_t mask, uint64_t value, int argument, int width) {
   Lane* me = current_lane();

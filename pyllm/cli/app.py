@@ -61,6 +61,17 @@ def chat(options):
     converse(_load(options, params), options.system, params)
 
 
+def emulate(options):
+    """Run CUDA kernels on the CPU: find races and bad accesses, and count their traffic."""
+    from pyllm import emulator
+
+    flags = [f"-D{name}" for name in options.define]
+    program = emulator.run(options.source, options.harness, seeds=options.seeds, flags=flags)
+    for launch in program.launches:
+        print(launch.table())
+    print(f"no errors in {options.seeds} orders of the lanes", file=sys.stderr)
+
+
 def info(options):
     """Show the machine and its backends, or what a model will take, before loading it."""
     from pyllm.cli import report
@@ -132,6 +143,11 @@ def _parser():
     option("--force", action="store_true", help="Fetch it again.")
     option("--json", **as_json)
 
+    option = add(emulate)
+    option("source", help="A .cu file.")
+    option("harness", nargs="?", help="A .py file with run(program); default: the one beside it.")
+    option("--seeds", type=int, default=3, help="In how many orders lanes run. Default: 3.")
+    option("-D", dest="define", action="append", default=[], help="NAME or NAME=VALUE.")
     commands.add_parser(  # for the help: `run` hands its arguments on
         "bench",
         help="Measure kernels and whole models, beside their peers; --profile [MODEL] profiles a "

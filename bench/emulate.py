@@ -1,0 +1,99 @@
+"""``python -m bench --emulate OP``: the memory traffic of the CUDA kernels, with no GPU.
+
+The emulator counts the sectors of 32 bytes that each buffer's requests move between L2 and the
+multiprocessors, wavefronts of shared memory, and instructions. The numbers do not depend on the
+machine, so they are a contract: ``traffic.json`` keeps them, ``tests/test_traffic.py`` compares.
+"""
+
+import json
+from collections import Counter
+from pathlib import Path
+
+import torch
+
+from pyllm import ops
+from pyllm.ops import device
+
+TABLE = Path(__file__).with_name("traffic.json")
+
+
+def _rms_norm(rows, width, dtype=torch.float16, residual=False):
+    x = torch.randn(rows, width).to(dtype)
+    added = torch.randn(rows, width).to(dtype) if residual else None
+    ops.rms_norm(x, torch.ones(width, dtype=dtype), residual=added, backend="emulator")
+
+
+# Op: case: what runs it. Sizes are small, as the emulator is slow, but large enough to be typical.
+CASES = {
+    "rms_norm": {
+        "fp16 8 x 4096": lambda: _rms_norm(8, 4096),
+        "fp16 8 x 4096 residual": lambda: _rms_norm(8, 4096, residual=True),
+        "fp32 3 x 1024": lambda: _rms_norm(3, 1024, torch.float32),
+        "fp16 2 x 4097": lambda: _rms_norm(2, 4097),
+    },
+}
+
+
+def measure(op: str) -> dict:
+    """What each case of `op` moves: by case, the sum over its launches.
+
+    For each buffer ``minimum``, the bytes of all sectors that were touched at all, and ``moved``,
+    32 times the sectors that requests moved; reads and writes together. ``shared`` has wavefronts
+    and how few would do; ``instructions`` those that a warp executes as one.
+    """
+    return {case: measure_case(run) for case, run in CASES[op].items()}
+
+
+def measure_case(run) -> dict:
+    """The same of one case."""
+    device.emulator_report()  # forget what was before
+    run()
+    buffers, shared, instructions = {}, Counter(), Counter()
+    for launch in device.emulator_report():
+        for name, b in launch["buffers"].items():
+            total = buffers.setdefault(name, {"minimum": 0, "moved": 0})
+            total["minimum"] += b["distinct_read"] + b["distinct_written"]
+            total["moved"] += 32 * (b["read_sectors"] + b["written_sectors"])
+        instructions.update(launch["instructions"])
+        for site in launch["sites"]:
+            if site["space"] == "shared":
+                shared.update(wavefronts=site["transactions"], ideal=site["ideal"])
+            else:
+                instructions["global " + ("stores" if site["write"] else "loads")] += site[
+                    "requests"
+                ]
+    return {
+        "buffers": buffers,
+        "shared": dict(shared),
+        "instructions": dict(sorted(instructions.items())),
+    }
+
+
+def table(op: str, cases: dict):
+    """The traffic of one op as a table for the terminal."""
+    from rich.table import Table
+
+    t = Table(title=f"{op}: bytes between L2 and the multiprocessors", title_justify="left")
+    for name in ("case", "buffer", "minimum", "moved", "x"):
+        t.add_column(name, justify="left" if name in ("case", "buffer") else "right")
+    for case, counted in cases.items():
+        rows = [(name, b["minimum"], b["moved"]) for name, b in counted["buffers"].items()]
+        rows.append(("all", sum(r[1] for r in rows), sum(r[2] for r in rows)))
+        for i, (name, minimum, moved) in enumerate(rows):
+            ratio = f"{moved / minimum:.2f}" if minimum else "-"
+            t.add_row("" if i else case, name, f"{minimum:,}", f"{moved:,}", ratio)
+        shared = counted["shared"]
+        if shared:
+            ratio = f"{shared['wavefronts'] / shared['ideal']:.2f}"
+            t.add_row(
+                "", "shared, wavefronts", f"{shared['ideal']:,}", f"{shared['wavefronts']:,}", ratio
+            )
+        counts = ", ".join(f"{name} {n:,}" for name, n in counted["instructions"].items())
+        t.add_row("", f"[dim]{counts}[/dim]", end_section=True)
+    return t
+
+
+def write(cases: dict) -> Path:
+    """Commits the numbers of all ops as what the tests hold the kernels to."""
+    TABLE.write_text(json.dumps(cases, indent=1) + "\n")
+    return TABLE
