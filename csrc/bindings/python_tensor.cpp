@@ -2,6 +2,8 @@
 
 #include <string>
 
+#include "core/plan.h"
+
 namespace py = pybind11;
 
 namespace pyllm {
@@ -21,6 +23,27 @@ struct Names {
     for (size_t i = 0; i < std::size(kDTypeNames); ++i)
       dtypes[i] = py::object(torch.attr(kDTypeNames[i])).release().ptr();
   }
+};
+
+// While a plan is captured every torch function may pass through Python code that checks it; what
+// is read here needs no check, and there are thousands of reads in a step.
+class NoTorchFunction {
+ public:
+  NoTorchFunction() {
+    if (!capturing()) return;
+    static const py::object* type =
+        new py::object(py::module_::import("torch").attr("_C").attr("DisableTorchFunction"));
+    guard_ = (*type)();
+    guard_.attr("__enter__")();
+  }
+  ~NoTorchFunction() {
+    if (!guard_) return;
+    py::error_scope pending;
+    guard_.attr("__exit__")(py::none(), py::none(), py::none());
+  }
+
+ private:
+  py::object guard_;
 };
 
 py::object owned(PyObject* object) {
@@ -43,6 +66,7 @@ Tensor tensor_from_python(py::handle object, bool any_device) {
     return py::type_error("expected " + expected + ", got " +
                           std::string(py::str(py::type::of(object))));
   };
+  const NoTorchFunction guard;
   PyObject* dtype_object = PyObject_GetAttr(object.ptr(), names->dtype);
   if (!dtype_object) {
     PyErr_Clear();
