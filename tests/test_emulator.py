@@ -193,6 +193,15 @@ def test_atomics_of_many_blocks(primitives):
     assert largest.item() == x.max()
 
 
+@pytest.mark.parametrize("threads", [1, 2])
+def test_blocks_may_wait_for_those_before_them(primitives, threads):
+    done, y = torch.zeros(12, dtype=torch.int32), torch.zeros(12, 32)
+    primitives.launch("chain", grid=12, block=32, args=[done, y], threads=threads)
+    assert torch.equal(y, torch.arange(12.0)[:, None].expand(12, 32))
+    with pytest.raises(emulator.EmulatorError, match="deadlock"):
+        primitives.launch("backward_chain", grid=5, block=32, args=[done * 0, y])
+
+
 def test_roles_and_asynchronous_copies(primitives):
     x, y = rand(10 * 128), torch.zeros(10 * 128)
     launch(primitives, "pipeline", x, y, 10, block=64)

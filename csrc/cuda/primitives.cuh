@@ -192,23 +192,35 @@ __device__ __forceinline__ void mbarrier_wait(uint64_t* barrier, int parity) {
       : "memory");
 #endif
 }
-#if defined(PYLLM_EMULATOR) || !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
+
+// Since sm_90; before, kernels that call these trap.
 __device__ __forceinline__ void mbarrier_arrive_expect(uint64_t* barrier, int bytes) {
-  PYLLM_PTX(emu::mbarrier_arrive(barrier, bytes),
-            asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;}" ::"r"(
-                             shared_address(barrier)),
-                         "r"(bytes) : "memory"));
+#if defined(PYLLM_EMULATOR)
+  emu::mbarrier_arrive(barrier, bytes);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile("{.reg .b64 t; mbarrier.arrive.expect_tx.shared.b64 t, [%0], %1;}" ::"r"(
+                   shared_address(barrier)),
+               "r"(bytes)
+               : "memory");
+#else
+  __trap();
+#endif
 }
 // One thread copies a multiple of 16 bytes, whose arrival counts at the barrier.
 __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int bytes,
                                           uint64_t* barrier) {
-  PYLLM_PTX(
-      emu::bulk_copy(shared, global, bytes, barrier),
-      asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], "
-                   "%2, [%3];" ::"r"(shared_address(shared)),
-                   "l"(global), "r"(bytes), "r"(shared_address(barrier)) : "memory"));
-}
+#if defined(PYLLM_EMULATOR)
+  emu::bulk_copy(shared, global, bytes, barrier);
+#elif __CUDA_ARCH__ >= 900
+  asm volatile(
+      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::
+          "r"(shared_address(shared)),
+      "l"(global), "r"(bytes), "r"(shared_address(barrier))
+      : "memory");
+#else
+  __trap();
 #endif
+}
 
 // --- matrices
 // -------------------------------------------------------------------------------------

@@ -70,12 +70,10 @@ void arrive(Lane* me, MBarrier& b, Pc pc) {
     block.fail(me, pc,
                format("mbarrier: more arrivals than the %d it was initialized for", b.arrivals));
   if (!b.joined) {
-    b.joined = block.fresh_clocks();
+    b.joined = block.copy(me->clocks);
     b.joined->holders = 1;
-    b.joined->at = me->clocks->at;
   }
-  block.join(b.joined, me);
-  ++me->clock;
+  block.join(b.joined, me - me->index % 32, me->bit());
   --b.pending;
 }
 
@@ -147,11 +145,8 @@ bool mbarrier_try_wait(uint64_t* barrier, int parity) {
     return false;
   }
   if (b.released) {
-    Clocks* joined = block.fresh_clocks();
-    joined->at = b.released->at;
-    const auto own = joined->at[me->index];
-    block.join(joined, me);
-    joined->at[me->index] = own;
+    Clocks* joined = block.copy(b.released);
+    block.join(joined, me->clocks);
     block.hold(me, joined);
   }
   return true;
@@ -174,9 +169,8 @@ void bulk_copy(void* shared, const void* global, int bytes, uint64_t* barrier) {
   copy.counted = true;
   ++me->clock;
   if (!b.joined) {
-    b.joined = me->block->fresh_clocks();
+    b.joined = me->block->copy(me->clocks);
     b.joined->holders = 1;
-    b.joined->at = me->clocks->at;
   }
   b.copies.push_back(copy);
 }

@@ -145,6 +145,7 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
   const Library library = library_of(config.code);
   Dl_info info{};
   dladdr(config.code, &info);
+  std::atomic<int> busy{0};
   const Launch launch{config,
                       lane,
                       arguments,
@@ -153,7 +154,8 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
                       g_spans,
                       info.dli_fname ? info.dli_fname : "",
                       library.base,
-                      library.end};
+                      library.end,
+                      &busy};
   const int64_t total = int64_t{config.grid.x} * config.grid.y * config.grid.z;
   const int workers =
       static_cast<int>(std::clamp<int64_t>(g_threads, 1, std::min<int64_t>(total, 16)));
@@ -161,6 +163,7 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
     g_blocks.push_back(std::make_unique<Block>(static_cast<int>(g_blocks.size())));
 
   std::atomic<int64_t> next{0}, first_failure{total};
+  busy = workers;
   auto work = [&](int w) {
     Block& block = *g_blocks[w];
     block.traffic = {};
@@ -183,6 +186,7 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
       }
       break;
     }
+    --busy;
   };
   std::vector<std::thread> threads;
   for (int w = 1; w < workers; ++w) threads.emplace_back(work, w);

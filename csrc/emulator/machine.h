@@ -3,6 +3,7 @@
 #pragma once
 #include <algorithm>
 #include <array>
+#include <atomic>
 #include <bit>
 #include <cstring>
 #include <string>
@@ -135,7 +136,8 @@ struct Launch {
   uint64_t seed;
   std::vector<Span> spans;
   std::string library;
-  uintptr_t base, end;  // of the kernel's library in memory
+  uintptr_t base, end;     // of the kernel's library in memory
+  std::atomic<int>* busy;  // host threads whose block does not only poll
 };
 
 struct Block {
@@ -169,7 +171,10 @@ struct Block {
   Clocks* fresh_clocks();
   void release(Clocks* clocks);
   void hold(Lane* lane, Clocks* clocks);
-  void join(Clocks* into, const Lane* lane);
+  // What is ordered before all lanes of `mask`, and their own clocks; each begins a new one.
+  void join(Clocks* into, Lane* warp, uint32_t mask);
+  void join(Clocks* into, const Clocks* from);
+  Clocks* copy(const Clocks* from);
   bool ordered(const Epoch& e, const Lane* me) const {
     return e.lane == me->index || me->clocks->at[e.lane] >= e.clock;
   }
@@ -196,6 +201,8 @@ struct Block {
   bool failed = false;
   Failure failure;
   int64_t idle_rounds = 0;  // in which lanes only polled
+  bool idle = false;        // too many of them: it waits for other blocks, if there are any
+  int last_polls = 0;
 
   std::array<NamedBarrier, 17> barriers;  // the last is __syncthreads
   std::vector<MBarrier> mbarriers;

@@ -6,6 +6,8 @@
 #include <cstdarg>
 #include <cstdio>
 #include <cstdlib>
+#include <thread>
+#include <utility>
 
 #include "emulator/fiber.h"
 #include "emulator/machine.h"
@@ -15,7 +17,7 @@ namespace {
 
 constexpr int kMaxSlots = 16;
 constexpr int kSyncThreads = 16;  // the barrier of __syncthreads
-constexpr int64_t kMaxIdleRounds = 200000;
+constexpr int64_t kMaxIdleRounds = 20000;
 
 char* stacks() {
   // Reserved, not used: a page of it costs memory once a lane has touched it.
@@ -97,10 +99,23 @@ void Block::hold(Lane* lane, Clocks* clocks) {
   lane->clocks = clocks;
 }
 
-void Block::join(Clocks* into, const Lane* lane) {
-  const auto& from = lane->clocks->at;
-  for (int i = 0; i < n_lanes; ++i) into->at[i] = std::max(into->at[i], from[i]);
-  into->at[lane->index] = lane->clock;
+Clocks* Block::copy(const Clocks* from) {
+  Clocks* c = fresh_clocks();
+  std::copy_n(from->at.begin(), n_lanes, c->at.begin());
+  return c;
+}
+
+void Block::join(Clocks* into, const Clocks* from) {
+  for (int i = 0; i < n_lanes; ++i) into->at[i] = std::max(into->at[i], from->at[i]);
+}
+
+void Block::join(Clocks* into, Lane* warp, uint32_t mask) {
+  const Clocks* last = nullptr;  // lanes that left the same barrier hold the same clocks
+  for_lanes(mask, [&](int i) {
+    if (warp[i].clocks != last) join(into, warp[i].clocks);
+    last = warp[i].clocks;
+  });
+  for_lanes(mask, [&](int i) { into->at[warp[i].index] = warp[i].clock++; });
 }
 
 void Block::run(const Launch& l, int64_t block_index) {
@@ -158,6 +173,7 @@ void Block::run(const Launch& l, int64_t block_index) {
       break;
     }
   }
+  if (std::exchange(idle, false)) ++*l.busy;
   for (NamedBarrier& b : barriers)
     if (b.joined) release(b.joined);
   for (MBarrier& b : mbarriers)
@@ -188,11 +204,17 @@ bool Block::revive() {
     any |= lanes[i].state == State::LogFull;
     make_runnable(lanes + i);
   }
-  if (any)
-    idle_rounds = 0;
-  else if (polled)
-    any = ++idle_rounds < kMaxIdleRounds;
-  return any;
+  if (any || !polled || ++idle_rounds < kMaxIdleRounds) {
+    if (std::exchange(idle, false)) ++*launch->busy;
+    return any || polled;
+  }
+  // Perhaps a block on another thread of the host has what this one waits for.
+  if (!std::exchange(idle, true)) {
+    --*launch->busy;
+    last_polls = 100;  // for what others did before they too began to wait
+  }
+  std::this_thread::yield();
+  return *launch->busy > 0 || --last_polls > 0;
 }
 
 void Block::make_runnable(Lane* lane) {
@@ -343,14 +365,12 @@ bool Block::arrive(Lane* warp, uint32_t mask) {
     fail(me, me->pc, format("%s of %u threads, but others said %d", me->what, threads, b.expected));
   b.expected = static_cast<int>(threads);
   if (!b.joined) {
-    b.joined = fresh_clocks();
+    b.joined = copy(me->clocks);
     b.joined->holders = 1;
-    b.joined->at = me->clocks->at;
   }
+  join(b.joined, warp, mask);
   for_lanes(mask, [&](int i) {
     Lane& lane = warp[i];
-    join(b.joined, &lane);
-    ++lane.clock;
     ++b.arrived;
     b.votes += lane.args.u32[4] != 0;
     if (waits) {

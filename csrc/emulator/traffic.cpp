@@ -12,13 +12,16 @@ void count_shared(const Access* const* lanes, int n, SiteTraffic& site) {
   const int bytes = lanes[0]->bytes;
   const int together = bytes <= 4 ? 32 : bytes == 8 ? 16 : 8;
   for (int begin = 0; begin < n; begin += together) {
-    uintptr_t words[32];
-    int count = 0;
-    for (int i = begin; i < std::min(begin + together, n); ++i)
-      for (uintptr_t w = lanes[i]->address / 4; w <= (lanes[i]->address + bytes - 1) / 4; ++w)
-        if (count < 32 && std::find(words, words + count, w) == words + count) words[count++] = w;
+    uintptr_t words[32][32];  // distinct, by bank
     int in_bank[32] = {}, most = 0;
-    for (int i = 0; i < count; ++i) most = std::max(most, ++in_bank[words[i] % 32]);
+    for (int i = begin; i < std::min(begin + together, n); ++i)
+      for (uintptr_t w = lanes[i]->address / 4; w <= (lanes[i]->address + bytes - 1) / 4; ++w) {
+        const auto bank = w % 32;
+        uintptr_t* const end = words[bank] + in_bank[bank];
+        if (in_bank[bank] == 32 || std::find(words[bank], end, w) != end) continue;
+        *end = w;
+        most = std::max(most, ++in_bank[bank]);
+      }
     site.transactions += most;
     site.ideal += 1;
   }

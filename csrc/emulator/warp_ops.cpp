@@ -11,14 +11,8 @@ namespace {
 constexpr uint32_t kAll = 0xffffffffu;
 
 bool order(Block& block, Lane* lanes, uint32_t mask) {
-  Clocks* joined = block.fresh_clocks();
-  joined->at = lanes[std::countr_zero(mask)].clocks->at;
-  const Clocks* last = nullptr;
-  for_lanes(mask, [&](int i) {
-    if (lanes[i].clocks != last) block.join(joined, lanes + i);
-    last = lanes[i].clocks;
-  });
-  for_lanes(mask, [&](int i) { joined->at[lanes[i].index] = lanes[i].clock++; });
+  Clocks* joined = block.copy(lanes[std::countr_zero(mask)].clocks);
+  block.join(joined, lanes, mask);
   for_lanes(mask, [&](int i) { block.hold(lanes + i, joined); });
   return true;
 }

@@ -160,3 +160,26 @@ __global__ void strides(float* y, int stride) {
   tile[threadIdx.x * stride] = 1.0f;
   y[threadIdx.x * stride] = 2.0f;
 }
+
+// Each block waits for the one before it, as stream-K partners do.
+__global__ void chain(uint32_t* done, float* y) {
+  if (threadIdx.x == 0) {
+    while (blockIdx.x > 0 && load_acquire(done + blockIdx.x - 1) == 0) {
+    }
+  }
+  __syncthreads();
+  y[blockIdx.x * 32 + threadIdx.x] =
+      blockIdx.x > 0 ? y[(blockIdx.x - 1) * 32 + threadIdx.x] + 1.0f : 0.0f;
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(done + blockIdx.x, 1);
+}
+
+// The first block waits for the last, which may never be on the device with it.
+__global__ void backward_chain(uint32_t* done, float* y) {
+  if (blockIdx.x == 0) {
+    while (load_acquire(done + gridDim.x - 1) == 0) {
+    }
+  }
+  y[blockIdx.x * 32 + threadIdx.x] = 0.0f;
+  if (threadIdx.x == 0) store_release(done + blockIdx.x, 1);
+}
