@@ -227,6 +227,7 @@ void same_place(Block& block, Lane* lanes, uint32_t mask);
 
 // The lane whose stack this is, or null on a thread of the host.
 Lane* current_lane();
+bool on_a_stack(const void* address);
 // "file.cu:12" of a return address.
 std::string source_line(Pc pc, const Launch& launch);
 std::string format(const char* pattern, ...) __attribute__((format(printf, 1, 2)));

@@ -163,11 +163,11 @@ namespace {
 inline void hook(const void* address, int bytes, bool write, Pc pc) {
   Lane* me = current_lane();
   if (!me) return;  // a thread of the host
-  const char* frame = static_cast<const char*>(__builtin_frame_address(0));
-  if (static_cast<size_t>(static_cast<const char*>(address) - frame + kStackBytes) <
-      2 * kStackBytes)
-    return;  // the lane's own stack, or a neighbor's
-  me->block->access(me, address, bytes, write, pc);
+  if (on_a_stack(address)) return;
+  // What is larger than an instruction can move is moved by several.
+  const char* at = static_cast<const char*>(address);
+  for (; bytes > 16; bytes -= 16, at += 16) me->block->access(me, at, 16, write, pc);
+  me->block->access(me, at, bytes, write, pc);
 }
 }  // namespace
 

@@ -55,11 +55,18 @@ std::string format(const char* pattern, ...) {
   return text;
 }
 
+namespace {
+constexpr size_t kAllStacks = kMaxSlots * kMaxLanes * kStackBytes;
+size_t stack_offset(const void* address) {  // huge outside of the stacks
+  return static_cast<size_t>(static_cast<const char*>(address) - g_stacks);
+}
+}  // namespace
+
+bool on_a_stack(const void* address) { return stack_offset(address) < kAllStacks; }
+
 Lane* current_lane() {
-  const size_t offset =
-      static_cast<char*>(__builtin_frame_address(0)) - g_stacks;  // huge outside of the stacks
-  if (!g_stacks || offset >= kMaxSlots * kMaxLanes * kStackBytes) return nullptr;
-  return g_lanes + offset / kStackBytes;
+  const size_t offset = stack_offset(__builtin_frame_address(0));
+  return g_stacks && offset < kAllStacks ? g_lanes + offset / kStackBytes : nullptr;
 }
 
 Block::Block(int slot) : slot(slot) {
