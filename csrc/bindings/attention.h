@@ -36,9 +36,8 @@ struct AttentionOptions {
   Tensor alibi_slopes, sinks, partials;
 };
 
-// The checks and arguments that the two ops have in common, and the launches.
-inline void run_attention(Check& c, const char* name, AttentionArgs& a,
-                          const AttentionOptions& options) {
+// The checks that the two ops have in common, once H, Hkv and D are known.
+inline void check_attention_options(Check& c, const AttentionOptions& options) {
   const int64_t heads = c.dim("H"), kv_heads = c.dim("Hkv"), d = c.dim("D");
   c.optional(options.alibi_slopes, "alibi_slopes", "H", {DType::F32});
   c.optional(options.sinks, "sinks", "H", {DType::F32});
@@ -51,13 +50,19 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a,
   c.require(options.scale == options.scale && options.softcap >= 0,
             "scale and softcap: expected numbers, softcap at least 0, got " +
                 std::to_string(options.scale) + " and " + std::to_string(options.softcap));
+}
+
+// Checks the options, fills in the arguments and launches.
+inline void run_attention(Check& c, const char* name, AttentionArgs& a,
+                          const AttentionOptions& options) {
+  check_attention_options(c, options);
   if (a.batch == 0 || a.q.numel() == 0) return;
   a.scale = options.scale;
   a.softcap = options.softcap;
   a.alibi_slopes = options.alibi_slopes.as<float>();
   a.sinks = options.sinks.as<float>();
   if (options.partials.defined() && options.partials.numel() > 0) {
-    const int64_t needed = a.slots() * heads * a.max_splits * a.partial_size();
+    const int64_t needed = a.slots() * c.dim("H") * a.max_splits * a.partial_size();
     c(options.partials, "partials", "_", {DType::F32});
     c.require(options.partials.numel() >= needed, "partials: expected " + std::to_string(needed) +
                                                       " floats, got " +

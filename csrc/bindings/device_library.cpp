@@ -52,6 +52,7 @@ std::string DeviceLibrary::report() {
   return reinterpret_cast<const char* (*)()>(symbol("emulator_report"))();
 }
 
+void register_cuda_flash_attention(DeviceLibraryClass& c);
 void register_cuda_rms_norm(DeviceLibraryClass& c);
 
 void register_device_library(py::module_& m) {
@@ -59,6 +60,7 @@ void register_device_library(py::module_& m) {
   c.def(py::init<const std::string&, bool>(), py::arg("path"), py::arg("emulated"))
       .def("configure", &DeviceLibrary::configure, py::arg("seed"), py::arg("threads"))
       .def("report", &DeviceLibrary::report);
+  register_cuda_flash_attention(c);
   register_cuda_rms_norm(c);
 }
 

@@ -1,6 +1,7 @@
 // What libpyllm_cuda and libpyllm_emulator export: a table of launchers, one an op. A launcher has
 // checked arguments from its binding, picks the instance and the grid, and enqueues its kernels.
 #pragma once
+#include "cuda/flash_attention.h"
 #include "cuda/rms_norm.h"
 
 namespace pyllm::cuda {

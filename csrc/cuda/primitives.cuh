@@ -110,6 +110,15 @@ __device__ __forceinline__ uint32_t atomic_add_acq_rel(uint32_t* p, uint32_t val
 #endif
 }
 
+// The same x, of which the compiler knows nothing: what is computed from it inside of a loop is not
+// computed before the loop and kept in registers.
+__device__ __forceinline__ int opaque(int x) {
+#ifndef PYLLM_EMULATOR
+  asm volatile("" : "+r"(x));
+#endif
+  return x;
+}
+
 // --- asynchronous copies (cp.async)
 // ---------------------------------------------------------------
 

@@ -38,6 +38,13 @@ def stream(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def check_same(op: str, first: torch.Tensor, **tensors: torch.Tensor | None) -> None:
+    """Raises ValueError unless the tensors are on the device of `first`."""
+    for name, x in tensors.items():
+        if x is not None and x.device != first.device:
+            raise ValueError(f"{op}: {name}: expected it on {first.device}, got {x.device}")
+
+
 def emulator_report() -> list[dict]:
     """What the launches on the emulator since the last call did: bytes, requests, instructions."""
     return json.loads(library("emulator").report())

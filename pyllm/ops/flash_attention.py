@@ -3,6 +3,7 @@
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
 from pyllm.ops._attention import attend, window_sides
 from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
@@ -124,3 +125,27 @@ def _cpu(
         sinks, out, lse, partials,
     )  # fmt: skip
     return (out, lse) if return_lse else out
+
+
+def _device(backend):
+    def run(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes, bias, sinks,
+        return_lse, out,
+    ):  # fmt: skip
+        out = torch.empty_like(q) if out is None else out
+        lse = q.new_empty(q.shape[:-1], dtype=torch.float32) if return_lse else None
+        device.check_same(
+            "flash_attention", q, k=k, v=v, cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k,
+            alibi_slopes=alibi_slopes, bias=bias, sinks=sinks, out=out,
+        )  # fmt: skip
+        device.library(backend).flash_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, scale, *sides, softcap or 0.0, alibi_slopes, bias,
+            sinks, out, lse, device.stream(q),
+        )  # fmt: skip
+        return (out, lse) if return_lse else out
+
+    return run
+
+
+for _backend in ("cuda", "emulator"):
+    _OP.register(_backend)(_device(_backend))
