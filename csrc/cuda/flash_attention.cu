@@ -109,7 +109,7 @@ struct Place {
 };
 
 template <class S, bool Options>
-__global__ void __launch_bounds__(S::kThreads)
+__global__ void __launch_bounds__(S::kThreads, 2)
     flash_attention_kernel(const __grid_constant__ FlashAttentionArgs a, int packed, int tiles) {
   using T = typename S::T;
   T* const tile = dynamic_shared<T>();
