@@ -51,11 +51,14 @@ def test_greedy(llm, k):
     assert answer.usage.accepted_tokens > 30
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_sampling(llm, seed):
-    sampled = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": seed}
-    answer = compare(llm, REPEAT, max_new_tokens=60, ignore_eos=True, **sampled)
-    assert answer.usage.drafted_tokens > answer.usage.accepted_tokens
+def test_sampling(llm):
+    usages = []
+    for seed in range(4):
+        sampled = {"temperature": 0.9, "top_k": 50, "top_p": 0.95, "seed": seed}
+        answer = compare(llm, REPEAT, max_new_tokens=60, ignore_eos=True, **sampled)
+        usages.append(answer.usage)
+        assert answer.usage.accepted_tokens > 0
+    assert sum(u.drafted_tokens for u in usages) > sum(u.accepted_tokens for u in usages)
 
 
 def test_batch(llm):

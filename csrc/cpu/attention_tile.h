@@ -15,7 +15,7 @@ constexpr int kTileRows = 3, kTileVectors = 2;
 constexpr int kTileRows = 3, kTileVectors = 1;
 #endif
 
-constexpr int kBlockKeys = 64;  // keys between two rescalings of a row
+constexpr int kBlockKeys = 128;  // keys between two rescalings of a row
 
 template <int N>
 struct Count {
@@ -30,26 +30,24 @@ PYLLM_INLINE void dispatch_count(int64_t n, F f) {
 }
 
 // Keys side by side in groups of sixteen: element i of key j of group g is at[g][i * stride + j].
-// Where `next` is given it has the groups to ask memory for meanwhile.
+// `ask` is null, or one row of memory a key to ask for meanwhile.
 template <class K>
 struct KeyGroups {
   const K* const* at;
   int64_t stride;
-  const K* const* next;
+  const K* const* ask;
 };
-// Values: element i of key j is at[j][i].
+// Values: element i of key j is at[j][i]. `ask` likewise.
 template <class T>
 struct ValueRows {
   const T* const* at;
-  const T* const* next;
+  const T* const* ask;
 };
 // Into L2: in its share of the L1 a core can wait for too few lines at a time.
 template <class T>
-PYLLM_INLINE void ask_for(const T* p) {
-  __builtin_prefetch(p, 0, 2);
+PYLLM_INLINE void ask_for(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int>(sizeof(T))) __builtin_prefetch(p + i, 0, 2);
 }
-template <class T>
-constexpr int kVectorsPerLine = sizeof(T) >= 4 ? 1 : 4 / sizeof(T);
 
 // scores[r][16 v + lane] = sum over i of q[r][i] * keys.at[v][i][lane], i ascending, in parts of
 // 32: a chain of 256 additions would lose twice the digits that PyTorch's blocked sums lose.
@@ -63,8 +61,8 @@ void score_tile(const float* q, int64_t q_stride, KeyGroups<K> keys, int64_t d, 
     for (int64_t i = part; i < end; ++i) {
       f32x16 k[V];
       for (int v = 0; v < V; ++v) k[v] = load(keys.at[v] + i * keys.stride);
-      if (keys.next)
-        for (int v = 0; v < V; v += kVectorsPerLine<K>) ask_for(keys.next[v] + i * keys.stride);
+      if (keys.ask)
+        for (int64_t j = i; j < V * kLanes; j += d) ask_for(keys.ask[j], d);
       for (int r = 0; r < R; ++r) {
         const f32x16 x = splat(q[r * q_stride + i]);
         for (int v = 0; v < V; ++v) sum[r][v] = fma(x, k[v], sum[r][v]);
@@ -85,7 +83,7 @@ PYLLM_INLINE void score_rows(const float* q, int64_t q_stride, KeyGroups<K> keys
     dispatch_count<kTileRows>(rows, [&](auto r) {
       dispatch_count<kTileVectors>(vectors - v, [&](auto n) {
         score_tile<decltype(r)::value, decltype(n)::value, K>(
-            q, q_stride, {keys.at + v, keys.stride, keys.next ? keys.next + v : nullptr}, d,
+            q, q_stride, {keys.at + v, keys.stride, keys.ask ? keys.ask + v * kLanes : nullptr}, d,
             scores + v * kLanes);
       });
     });
@@ -101,8 +99,7 @@ void value_tile(const float* weights, ValueRows<T> values, int64_t begin, int64_
   for (int64_t j = begin; j < end; ++j) {
     f32x16 x[V];
     for (int v = 0; v < V; ++v) x[v] = load(values.at[j] + column + v * kLanes);
-    if (values.next)
-      for (int v = 0; v < V; v += kVectorsPerLine<T>) ask_for(values.next[j] + column + v * kLanes);
+    if (values.ask) ask_for(values.ask[j] + column, V * kLanes);
     for (int r = 0; r < R; ++r) {
       const f32x16 w = splat(weights[r * kBlockKeys + j]);
       for (int v = 0; v < V; ++v) sum[r][v] = fma(w, x[v], sum[r][v]);

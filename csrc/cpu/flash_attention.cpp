@@ -1,4 +1,4 @@
-// Attention in blocks of 64 keys with a running softmax (Milakov and Gimelshein, 2018; Dao et al.,
+// Attention in blocks of 128 keys with a running softmax (Milakov and Gimelshein, 2018; Dao et al.,
 // 2022), in float32 and to base 2.
 //
 // A chunk is a tile of rows (queries times the heads that share a KV head), so that a block of keys
@@ -12,13 +12,15 @@
 //
 // The floor of decoding is the bytes of the keys and values that are seen, over bandwidth; of
 // prefill 4 * D * (visible pairs) operations over the peak of float32. On two Zen 4 cores, 9 heads
-// over 3 of 64, float16 cache, decoding at depth 512 takes 11.5 us from L2, which is the speed of
-// memory, and 20 inside a model, whose weights push the cache out to memory; eight sequences take
-// 135 (23 GB/s). What that took: keys side by side (36 us before, 300 for eight), and asking for
-// the next block line by line during this one. All its lines at once, or into L1, is worse than not
-// to ask: a core can wait for some 24 lines there. Pages of 64 keys gain 2 us. Prefill of 512
-// takes 2.2 ms, 62 % of the peak: two thirds of the time are sums of products, 15 % weighing and
-// the rest moving blocks. 2^n by vscalefps gains nothing.
+// over 3 of 64, float16 cache, decoding at depth 512 takes 11 us from L2, which is the speed of
+// memory, and 18 inside a model, whose weights push the cache out to memory; eight sequences take
+// 120 (27 GB/s). What that took: keys side by side (36 us before, 300 for eight), and asking for a
+// block's values while its scores are summed and for the next keys while its values are, a line or
+// two a step. All lines at once, or into L1, is worse than not to ask: a core can wait for some 24
+// lines there. Pages of 64 keys gain 2 us. Prefill of 512 takes 1.95 ms, 70 % of the peak, a
+// quarter of it weighing scores: what is done once a row and block (largest score, sum) waits for
+// itself, so blocks of 128 gain 7 % over 64, and 256 lose in decoding what they gain. 2^n by
+// vscalefps gains nothing.
 #include "cpu/attention_row.h"
 #include "cpu/attention_tile.h"
 
@@ -63,8 +65,8 @@ struct Tile {
   // before it is worked on, so that its memory can be asked for meanwhile.
   static constexpr int64_t kFound = 2 * kBlockKeys;
   bool more;                           // whether a block follows in this split
-  const T* k_rows[kFound];             // or, where they lie side by side,
-  const T* k_groups[kFound / kLanes];  // groups of sixteen
+  const T* k_rows[kFound];             // where keys lie side by side, its share of their memory
+  const T* k_groups[kFound / kLanes];  // and their groups of sixteen
   const T* v_rows[kFound];
   const float* k_copies[kBlockKeys / kLanes];
   const float* v_copies[kBlockKeys];
@@ -91,11 +93,11 @@ struct Tile {
     const T* v = static_cast<const T*>(a.v.data) + kv_head * a.v.stride[2];
     const bool side_by_side = a.keys_side_by_side();
     const auto found = [&](int64_t j, int64_t outer, int64_t inner) {
-      const T* k_row = k + outer * a.k.stride[0] + inner * a.k.stride[1];
-      if (side_by_side)
-        k_groups[j % kFound / kLanes] = k_row - inner % kLanes;
-      else
-        k_rows[j % kFound] = k_row;
+      k_rows[j % kFound] = k + outer * a.k.stride[0] + inner * a.k.stride[1];
+      if (side_by_side) {
+        k_groups[j % kFound / kLanes] = k_rows[j % kFound] - inner % kLanes;
+        k_rows[j % kFound] += inner * (d - 1);
+      }
       v_rows[j % kFound] = v + outer * a.v.stride[0] + inner * a.v.stride[1];
     };
     if (!a.page_table) {
@@ -156,6 +158,10 @@ struct Tile {
     const f32x16 last = splat(static_cast<float>(end - 1));
     const bool masked = see.begin > block || end < vectors * kLanes;
     f32x16 top = splat(-kInf);
+    if (!masked && a.softcap == 0 && !a.alibi_slopes && !a.bias.defined()) {
+      for (int64_t v = 0; v < vectors; ++v) top = max(load(x + v * kLanes), top);
+      return reduce_max(top);
+    }
     for (int64_t v = 0; v < vectors; ++v) {
       f32x16 y = load(x + v * kLanes);
       const f32x16 j = load(kIota) + splat(static_cast<float>(v * kLanes));
@@ -201,10 +207,9 @@ struct Tile {
     const auto score = [&](auto keys) {
       score_rows(w.q + r * width, width, keys, d, w.weights, n, vectors);
     };
-    const int64_t here = block % kFound, next = (block + kBlockKeys) % kFound;
-    if (keys_in_place)
-      score(KeyGroups<T>{k_groups + here / kLanes, a.k.stride[3],
-                         more ? k_groups + next / kLanes : nullptr});
+    const int64_t here = block % kFound;
+    if (keys_in_place)  // and this block's values, meanwhile
+      score(KeyGroups<T>{k_groups + here / kLanes, a.k.stride[3], v_rows + here});
     else
       score(KeyGroups<float>{k_copies, kBlockKeys, nullptr});
 
@@ -241,11 +246,10 @@ struct Tile {
     const int64_t end = smaller(keys.end - block, kBlockKeys);
     const float* weights = w.weights + weights_row * kBlockKeys;
     float* out = w.split.values + r * width;
+    const T* const* next = k_rows + (block + kBlockKeys) % kFound;
     if (values_in_place)
-      value_rows(weights,
-                 ValueRows<T>{v_rows + block % kFound,
-                              more ? v_rows + (block + kBlockKeys) % kFound : nullptr},
-                 begin, end, width, out, width, n);
+      value_rows(weights, ValueRows<T>{v_rows + block % kFound, more ? next : nullptr}, begin, end,
+                 width, out, width, n);
     else
       value_rows(weights, ValueRows<float>{v_copies, nullptr}, begin, end, width, out, width, n);
   }
