@@ -111,7 +111,7 @@ struct Epoch {
   uint16_t lane = 0;
   uint8_t bytes = 0;  // mask within the word
   uint8_t in_flight = 0;
-  Pc pc = 0;
+  uint32_t pc = 0;  // from the start of the kernel's library
 };
 struct Cell {
   Epoch write, reads[2];

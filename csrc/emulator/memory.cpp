@@ -89,6 +89,7 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
          format("out-of-bounds %s of %d bytes at byte %zu of the block's %zu bytes of "
                 "dynamic shared memory",
                 verb(write), bytes, offset, dynamic_bytes));
+  const auto place = static_cast<uint32_t>(pc - launch->base);
   Cell* const first = &cell_at(static_cast<int64_t>(offset)) - offset / 4;
   for (size_t word = offset / 4; word <= (offset + bytes - 1) / 4; ++word) {
     const size_t begin = std::max(offset, word * 4), end = std::min(offset + bytes, word * 4 + 4);
@@ -101,13 +102,13 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
              format("%s of %s that an asynchronous copy by warp %d, lane %d at %s has not "
                     "delivered: it was not waited for",
                     verb(write), shared_place(offset).c_str(), other.warp(), other.index % 32,
-                    source_line(e.pc, *launch).c_str()));
+                    source_line(launch->base + e.pc, *launch).c_str()));
       fail(
           me, pc,
           format("race at %s: this %s is not ordered by a barrier after the %s by warp %d, lane %d "
                  "at %s",
                  shared_place(offset).c_str(), verb(write), verb(other_write), other.warp(),
-                 other.index % 32, source_line(e.pc, *launch).c_str()));
+                 other.index % 32, source_line(launch->base + e.pc, *launch).c_str()));
     };
     const Epoch& w = cell.write;
     if (w.bytes & mask && (w.in_flight || !ordered(w, me))) race(w, true);
@@ -116,7 +117,7 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
         if (r.bytes & mask && !ordered(r, me)) race(r, false);
       const bool same = w.lane == me->index && w.clock == me->clock && w.in_flight == async;
       cell.write = {me->clock, static_cast<uint16_t>(me->index),
-                    static_cast<uint8_t>(same ? w.bytes | mask : mask), async, pc};
+                    static_cast<uint8_t>(same ? w.bytes | mask : mask), async, place};
     } else {
       // Keep two reads that this one does not follow, of different warps if there are.
       Epoch& a = cell.reads[0];
@@ -124,7 +125,7 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
       Epoch& slot = !a.bytes || ordered(a, me) ? a : b;
       const bool same = slot.lane == me->index && slot.clock == me->clock;
       slot = {me->clock, static_cast<uint16_t>(me->index),
-              static_cast<uint8_t>(same ? slot.bytes | mask : mask), 0, pc};
+              static_cast<uint8_t>(same ? slot.bytes | mask : mask), 0, place};
     }
   }
 }
