@@ -43,6 +43,7 @@ TESTS = [
 
 # The engines that read the file as it is, and so the bytes that `cost` counts.
 SAME_BYTES = ("pyllm", "llama.cpp")
+SLOW = 6
 # Decoding at several depths.
 DEPTHS = [Test(f"tg32@{d}", "decode", 32, depth=d) for d in (16, 256, 512, 1024, 1900)]
 
@@ -54,7 +55,9 @@ def measure(
     """Runs the tests in rounds, after one to warm up.
 
     Args:
-        rounds: at most; fewer, but one at least, when `minutes` are over.
+        rounds: at most; fewer, but one at least, when `minutes` are over. An engine that takes
+            `SLOW` times as long as the quickest is timed in the first only, so that the others get
+            more of them.
         engines, other: see `engines.interpreters`.
 
     Returns:
@@ -73,17 +76,24 @@ def measure(
             absent[name] = str(error)
     try:
         speeds = {r.name: {t.name: [] for t in tests} for r in remotes}
+        taking_part = remotes
         for i in range(-1, rounds):  # round -1 warms up
             round_begin = time.monotonic()
+            took = dict.fromkeys(taking_part, 0.0)
             for test in tests:
-                for remote in remotes:
+                for remote in taking_part:
                     progress(f"round {i + 1} of {rounds}: {test.name}, {remote.name}")
                     seconds = remote.seconds(
                         what=test.what, n=test.n, depth=test.depth, batch=test.batch,
                         seed=1000 * i + 7,
                     )  # fmt: skip
-                    if seconds is not None and i >= 0:
-                        speeds[remote.name][test.name].append(test.batch * test.n / sum(seconds))
+                    if seconds is not None:
+                        took[remote] += sum(seconds)
+                        if i >= 0:
+                            speed = test.batch * test.n / sum(seconds)
+                            speeds[remote.name][test.name].append(speed)
+            if i >= 0:
+                taking_part = [r for r in taking_part if took[r] <= SLOW * min(took.values())]
             now = time.monotonic()
             if i >= 0 and minutes and now - begin + (now - round_begin) > 60 * minutes:
                 break
@@ -94,8 +104,8 @@ def measure(
 
 
 def ratio(ours, theirs):
-    """Median of the rounds' ratios."""
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
+    """Median of the ratios of the rounds in which both took part, which are the first."""
+    return statistics.median(a / b for a, b in zip(ours, theirs, strict=False))
 
 
 def cost(model, depth):
