@@ -196,6 +196,7 @@ def plot(
     print(r.write(results))
     if record.CHECKOUT and results.resolve() == record.RESULTS.resolve():
         print(r.write_decode_step(results, record.CHECKOUT / "csrc/cpu/README.md"))
+        print(r.write_headline(results, record.CHECKOUT / "README.md"))
 
 
 def _run(measure, table, out, model, threads, **options):

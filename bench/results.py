@@ -1,6 +1,7 @@
 """Writes ``README.md`` of a folder of results from the JSON files in it."""
 
 import json
+import os
 from pathlib import Path
 
 from . import models, prompt_lookup, suite
@@ -148,7 +149,7 @@ PARTS = {
 }  # fmt: skip
 
 
-BEGIN, END = "<!-- decode step: begin -->\n", "<!-- decode step: end -->\n"
+BEGIN, END = "<!-- from results: begin -->\n", "<!-- from results: end -->\n"
 
 
 def write_decode_step(root, page, model="smollm2-135m") -> Path:
@@ -160,9 +161,43 @@ def write_decode_step(root, page, model="smollm2-135m") -> Path:
         title = f"**{path.parent.name}**, commit {where['commit']}, {where['date'][:10]}"
         noisy = "; other processes were busy before" if where["contended"] else ""
         lines += [f"{title}{noisy}", "", *_profile(data)]
+    return _rewrite(page, lines)
+
+
+def write_headline(root, page, model="smollm2-135m") -> Path:
+    """Rewrites the table of `page`: a whole model beside all engines, from the newest results."""
+    found = [
+        (json.loads(path.read_text()), path)
+        for path in Path(root).glob(f"*/end_to_end-{model}.json")
+    ]
+    lines = []
+    if found:
+        data, path = max(found, key=lambda item: item[0]["environment"]["date"])
+        where = data["environment"]
+        engines = list(dict.fromkeys(row["engine"] for row in data["rows"]))
+        cells = {(row["test"], row["engine"]): row for row in data["rows"]}
+        rows = []
+        for test in dict.fromkeys(row["test"] for row in data["rows"]):
+            of_test = [cells.get((test, engine)) for engine in engines]
+            rows.append((test, *(f"{row['median']:.0f}" if row else "" for row in of_test)))
+        lines = [
+            f"{data['model']} on {where['machine']['processor']}, {data['threads']} threads, tokens"
+            f" per second: medians of up to {data['rounds']} interleaved rounds,"
+            f" {where['date'][:10]}, commit {where['commit']}.", "",
+            *_table("|".join(["test", *engines]), rows),
+        ]  # fmt: skip
+        picture = path.with_suffix(".svg")
+        if picture.exists():
+            link = os.path.relpath(picture, page.parent)
+            lines += [f"![tokens per second beside other engines]({link})", ""]
+    return _rewrite(page, lines)
+
+
+def _rewrite(page, lines):
+    """Puts lines between the marks in a page."""
     before, rest = page.read_text().split(BEGIN)
-    tables = "\n".join(lines).strip() or "None has been recorded yet."
-    page.write_text(f"{before}{BEGIN}\n{tables}\n\n{END}{rest.split(END)[1]}")
+    text = "\n".join(lines).strip() or "None has been recorded yet."
+    page.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.split(END)[1]}")
     return page
 
 

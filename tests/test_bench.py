@@ -213,6 +213,28 @@ def test_the_page_beside_the_kernels_is_rewritten_between_its_marks(tmp_path):
     assert "None has been recorded yet." in page.read_text()
 
 
+def test_the_headline_of_the_readme_is_made_from_results(tmp_path):
+    from pyllm.bench import results
+
+    folder = tmp_path / "device"
+    folder.mkdir()
+    rows = [
+        {"test": "pp512", "engine": "pyllm", "median": 1512.4},
+        {"test": "pp512", "engine": "slow", "median": 3.0},
+        {"test": "tg128", "engine": "pyllm", "median": 286.2},
+    ]
+    data = CANNED | {"rounds": 3, "rows": rows}
+    (folder / "end_to_end-smollm2-135m.json").write_text(json.dumps(data))
+    page = tmp_path / "page.md"
+    page.write_text(f"above\n{results.BEGIN}old\n{results.END}below\n")
+    text = results.write_headline(tmp_path, page).read_text()
+    assert (
+        "| test | pyllm | slow |\n| --- | --- | --- |\n| pp512 | 1512 | 3 |\n| tg128 | 286 |  |"
+        in text
+    )
+    assert "old" not in text
+
+
 def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_path, monkeypatch):
     from pyllm.bench import models, record, suite
 
