@@ -1,4 +1,5 @@
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -6,8 +7,8 @@ from cases import DTYPES, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm import _C
-from pyllm.ops import quant_matmul, quantize_activation
-from pyllm.quant import QuantActivation, QuantTensor
+from pyllm.ops import device, pack_fragments, quant_matmul, quantize_activation
+from pyllm.quant import QuantActivation, QuantFragments, QuantTensor
 
 FORMATS = list(itertools.product((4, 8), (32, 16), (False, True)))
 # (T, N, K): size one, empty, N that is no multiple of a panel, a model's, many panels and groups.
@@ -190,3 +191,168 @@ def test_bad_arguments():
             call()
     with pytest.raises(TypeError, match="expected a QuantTensor, got Tensor"):
         quant_matmul(x, x)
+
+
+# --- fragments, and the CUDA kernel on the emulator
+
+HALVES = [torch.float16, torch.bfloat16]
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+@pytest.mark.parametrize("shape", [(1, 32), (37, 160), (64, 96), (33, 48)], ids=str)
+def test_fragments_are_the_same_bytes_wherever_packed(shape, bits, group_size, symmetric):
+    n, k = shape
+    if k % group_size:
+        group_size = 16
+    weight = quantized(n, k, bits, group_size, symmetric)
+    in_torch, *others = (
+        pack_fragments(weight, backend=backend) for backend in ("reference", "cpu", "emulator")
+    )
+    assert repr(in_torch.panels()) == repr(weight)
+    assert torch.equal(in_torch.panels().packed, weight.packed)
+    for other in others:
+        assert torch.equal(other.packed, in_torch.packed)
+    assert len(in_torch.packed) == QuantFragments.packed_bytes(*weight.kernel_arguments()[1:])
+
+
+def check_device(x, weight, bias=None, **arguments):
+    y = quant_matmul(x, weight, bias, backend="emulator", **arguments)
+    w = weight.dequantize()
+    exact = x.double() @ w.double().t()
+    in_torch = x @ w.to(x.dtype).t()
+    if bias is not None:
+        exact, in_torch = exact + bias.double(), in_torch + bias.to(x.dtype)
+    assert_close(y, exact, in_torch)
+    return y
+
+
+@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 1024), (9, 300, 256), (70, 20, 320)], ids=str)
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+def test_device_matches_reference(shape, bits, group_size, symmetric, dtype):
+    t, n, k = shape
+    weight = quantized(n, k, bits, group_size, symmetric)
+    y = check_device(rand(t, k, dtype=dtype), weight, out=poisoned((t, n), dtype))
+    assert weight.forms["emulator"].shape == (n, k)
+    assert y.dtype == dtype
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+def test_device_row_does_not_depend_on_the_others(bits, group_size, symmetric):
+    """On either side of every change of tile size, with tiles that blocks share."""
+    dtype = torch.float16 if symmetric else torch.bfloat16
+    weight, x = quantized(200, 576, bits, group_size, symmetric), rand(130, 576, dtype=dtype)
+    whole = check_device(x, weight)
+    for rows in ([0], range(8), range(9), range(5, 22), range(17, 50), range(2, 67), [129]):
+        part = quant_matmul(x[list(rows)], weight, backend="emulator")
+        assert torch.equal(part, whole[list(rows)])
+
+
+@pytest.mark.parametrize("t", [1, 20])
+def test_device_order_of_lanes_and_blocks_does_not_change_bits(t):
+    """One tile shared by all blocks; the counters are zero again after each launch."""
+    weight, x = quantized(50, 2048), rand(t, 2048, dtype=torch.float16)
+    library = device.library("emulator")
+    try:
+        results = []
+        for seed, threads in ((1, 2), (7, 1), (23, 2)):
+            library.configure(seed=seed, threads=threads)
+            results.append(check_device(x, weight))
+    finally:
+        library.configure(seed=1, threads=2)
+    assert torch.equal(results[0], results[1])
+    assert torch.equal(results[0], results[2])
+
+
+@pytest.mark.parametrize("n", [48, 50])
+def test_device_bias_strides_alignment_and_leading_dimensions(n):
+    weight, bias = quantized(n, 96), rand(n, seed=3)
+    x, out = rand(2, 3, 96, dtype=torch.bfloat16), poisoned((6, n), torch.bfloat16)
+    plain = check_device(x, weight, bias)
+    assert plain.shape == (2, 3, n)
+    rows = x.flatten(0, 1)
+    y = quant_matmul(strided(rows), weight, bias, out=strided(out), backend="emulator")
+    assert torch.equal(y, plain.flatten(0, 1))
+    # An address that is no multiple of 16.
+    shifted = torch.cat([rows.new_zeros(6, 1), rows], dim=1)[:, 1:]
+    assert torch.equal(quant_matmul(shifted, weight, bias, backend="emulator"), y)
+    fragments = pack_fragments(weight)
+    assert torch.equal(quant_matmul(rows[0], fragments, bias, backend="emulator"), y[0])
+    assert torch.equal(
+        quant_matmul(rows, fragments, bias, backend="reference"),
+        quant_matmul(rows, weight, bias, backend="reference"),
+    )
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+def test_device_extremes(bits, symmetric, dtype):
+    """All quants are exact, what is not finite stays in its row, and large sums do not overflow."""
+    q = (torch.arange(64 * 256) * 7 % 2**bits).to(torch.uint8).view(64, 256)
+    scale = torch.ones(64, 8).half()
+    weight = QuantTensor.from_parts(q, scale, None if symmetric else scale, bits=bits)
+    x = torch.zeros(256, 256, dtype=dtype).fill_diagonal_(1.0)
+    assert torch.equal(
+        quant_matmul(x, weight, backend="emulator"), weight.dequantize().t().to(dtype)
+    )
+    x = rand(20, 256, dtype=dtype)
+    x[3, 5], x[7, 40], x[14, 95] = float("nan"), float("inf"), -float("inf")
+    finite = quant_matmul(x, weight, backend="emulator").isfinite().all(1)
+    assert finite.logical_not().nonzero().flatten().tolist() == [3, 7, 14]
+    x = torch.full((1, 256), 6e4, dtype=dtype)
+    x[:, 1::2] *= -1
+    small = QuantTensor.from_parts(
+        q[:, :1].expand(64, 256).contiguous(), scale, None if symmetric else scale, bits=bits
+    )
+    assert torch.equal(quant_matmul(x, small, backend="emulator"), torch.zeros(1, 64, dtype=dtype))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("bits", [4, 8])
+def test_device_one_row_moves_little_more_than_the_weight(bits, symmetric):
+    n, k = 1024, 2048
+    weight = pack_fragments(quantized(n, k, bits, symmetric=symmetric))
+    x = rand(1, k, dtype=torch.float16)
+    device.emulator_report()
+    quant_matmul(x, weight, backend="emulator")
+    (launch,) = device.emulator_report()
+    buffers = launch["buffers"]
+    assert buffers["weight"]["read_sectors"] * 32 == len(weight.packed)
+    moved = sum(32 * (b["read_sectors"] + b["written_sectors"]) for b in buffers.values())
+    least = len(weight.packed) + 2 * k + 2 * n
+    assert moved <= 1.05 * least
+
+
+@pytest.mark.parametrize("t", [1, 16, 64, 128])
+def test_device_has_no_bank_conflicts(t):
+    weight, x = pack_fragments(quantized(256, 512)), rand(t, 512, dtype=torch.float16)
+    device.emulator_report()
+    quant_matmul(x, weight, backend="emulator")
+    (launch,) = device.emulator_report()
+    shared = [site for site in launch["sites"] if site["space"] == "shared"]
+    assert sum(site["transactions"] for site in shared) > 1000
+    assert sum(site["transactions"] - site["ideal"] for site in shared) == 0
+
+
+def test_device_bad_arguments():
+    weight, x = quantized(20, 64), torch.ones(2, 64).half()
+    cases = [
+        ({"x": torch.ones(2, 64)}, "x: expected bfloat16 or float16|x: expected float16"),
+        ({"x": x[:, :32]}, r"x: expected \[T, 64\], got float16\[2, 32\]"),
+        ({"bias": torch.ones(7)}, r"bias: expected float32\[N\], got float32\[7\]"),
+        ({"out": torch.ones(2, 21).half()}, r"out: expected \[T, 20\]"),
+        ({"out": torch.ones(2, 20)}, "out: expected float16"),
+        ({"x": quantize_activation(x)}, "takes no quantized activations"),
+        ({"bias": torch.ones(20, device="meta")}, "bias: expected it on cpu, got meta"),
+        (
+            {"weight": replace(pack_fragments(weight), shape=(64, 64))},
+            "weight: expected packed uint8",
+        ),
+        ({"weight": pack_fragments(weight), "backend": "cpu"}, "call its panels"),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            quant_matmul(**{"x": x, "weight": weight, "backend": "emulator", **arguments})
+    for empty in (x[:0], x[:0, None]):
+        assert quant_matmul(empty, weight, backend="emulator").shape == (*empty.shape[:-1], 20)

@@ -1,4 +1,5 @@
 #include "bindings/quant_matrix.h"
+#include "core/quant_fragments.h"
 #include "core/thread_pool.h"
 
 namespace pyllm {
@@ -62,10 +63,18 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
       make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
 }
 
+void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int group_size,
+                            bool has_minimum, Tensor out) {
+  Check c("pack_fragments");
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
+  check_bytes(c, out, fragments_of(w).bytes());
+  py::gil_scoped_release release;
+  pack_fragments(w, out.as<uint8_t>());
+}
+
 }  // namespace
 
-QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
-                         int group_size, bool has_minimum) {
+void check_format(const Check& c, int64_t n, int64_t k, int bits, int group_size) {
   c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
   c.require(group_size == 16 || group_size == 32,
             "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
@@ -73,15 +82,25 @@ QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_
       n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
       "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
           std::to_string(n) + ", " + std::to_string(k) + "]");
-  const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
+}
+
+void check_bytes(const Check& c, const Tensor& packed, int64_t bytes) {
   c.require(
-      packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == w.bytes() &&
+      packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == bytes &&
           packed.stride[0] == 1,
-      "weight: expected packed uint8[" + std::to_string(w.bytes()) + "], got " + describe(packed));
+      "weight: expected packed uint8[" + std::to_string(bytes) + "], got " + describe(packed));
+}
+
+QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
+                         int group_size, bool has_minimum) {
+  check_format(c, n, k, bits, group_size);
+  const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
+  check_bytes(c, packed, w.bytes());
   return w;
 }
 
 void register_quant_matmul(py::module_& m) {
+  m.def("pack_fragments", &pack_fragments_checked);
   m.def("quantize_activation", &quantize_activation);
   m.def("quant_matmul", &quant_matmul);
   m.def("quantize_matmul", &quantize_matmul);

@@ -5,6 +5,11 @@
 
 namespace pyllm {
 
+// Throws unless it is a format that we have, of a matrix [n, k].
+void check_format(const Check& c, int64_t n, int64_t k, int bits, int group_size);
+// Throws unless these are so many contiguous bytes.
+void check_bytes(const Check& c, const Tensor& packed, int64_t bytes);
+
 // Throws unless `packed` has exactly the bytes that the format says.
 QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
                          int group_size, bool has_minimum);

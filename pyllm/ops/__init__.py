@@ -6,7 +6,7 @@ from pyllm.ops.flash_attention import flash_attention
 from pyllm.ops.layer_norm import layer_norm
 from pyllm.ops.matmul import matmul
 from pyllm.ops.paged_attention import paged_attention
-from pyllm.ops.quant_matmul import quant_matmul, quantize_activation
+from pyllm.ops.quant_matmul import pack_fragments, quant_matmul, quantize_activation
 from pyllm.ops.rms_norm import rms_norm
 from pyllm.ops.rope_cache import rope_cache
 from pyllm.ops.sample import sample
@@ -18,6 +18,7 @@ __all__ = [
     "gelu_mul",
     "layer_norm",
     "matmul",
+    "pack_fragments",
     "paged_attention",
     "quant_matmul",
     "quantize_activation",

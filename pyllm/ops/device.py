@@ -45,6 +45,14 @@ def check_same(op: str, first: torch.Tensor, **tensors: torch.Tensor | None) -> 
             raise ValueError(f"{op}: {name}: expected it on {first.device}, got {x.device}")
 
 
+@functools.cache
+def multiprocessors(device: torch.device) -> int:
+    """How many multiprocessors the device has; the emulator pretends to an odd few."""
+    if device.type == "cpu":
+        return 7
+    return torch.cuda.get_device_properties(device).multi_processor_count
+
+
 def emulator_report() -> list[dict]:
     """What the launches on the emulator since the last call did: bytes, requests, instructions."""
     return json.loads(library("emulator").report())

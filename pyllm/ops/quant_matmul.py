@@ -1,28 +1,34 @@
 """Multiplication by quantized weights, and the int8 activations that it works on."""
 
+import functools
+
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
 from pyllm.ops.alloc import empty, empty_quantized
 from pyllm.ops.matmul import as_rows
 from pyllm.ops.registry import Op
-from pyllm.quant import QuantActivation, QuantTensor
+from pyllm.quant import QuantActivation, QuantFragments, QuantTensor
 
 _OP = Op("quant_matmul")
 _QUANTIZE = Op("quantize_activation")
+_PACK = Op("pack_fragments")
+_MAX_TILES = 1 << 16  # of 128 rows
 
 
 def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     """``x @ dequantize(weight)ᵀ + bias``.
 
     The CPU kernel rounds each row of `x` to int8 in the weight's groups (`quantize_activation`)
-    unless it comes quantized already, which several matmuls of one input can share. A row's result
-    does not depend on the other rows.
+    unless it comes quantized already, which several matmuls of one input can share. The CUDA kernel
+    rounds nothing but its result. A row's result does not depend on the other rows.
 
     Args:
-        x: ``[..., K]`` float32, bfloat16 or float16, or a `QuantActivation` ``[T, K]`` of the
-            weight's group size.
-        weight: `QuantTensor` ``[N, K]``.
+        x: ``[..., K]`` float32 (not CUDA), bfloat16 or float16, or a `QuantActivation` ``[T, K]``
+            of the weight's group size (CPU).
+        weight: `QuantTensor` ``[N, K]``, or for CUDA also `QuantFragments`. A QuantTensor is packed
+            to fragments when CUDA first uses it, and keeps these.
         bias: float32 ``[N]``.
         out: where to write the result, ``[..., N]``; with a QuantActivation any float dtype.
 
@@ -33,7 +39,7 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    if not isinstance(weight, QuantTensor):
+    if not isinstance(weight, QuantTensor | QuantFragments):
         raise TypeError(f"quant_matmul: expected a QuantTensor, got {type(weight).__name__}")
     tensor = x.data if isinstance(x, QuantActivation) else x
     return _OP.implementation(tensor, backend)(x, weight, bias, out)
@@ -59,8 +65,24 @@ def quantize_activation(x, group_size=32, *, backend=None) -> QuantActivation:
     return _QUANTIZE.implementation(x, backend)(x, group_size)
 
 
+def pack_fragments(weight: QuantTensor, *, backend=None) -> QuantFragments:
+    """Packs `weight` for the CUDA kernels; the same bytes whichever backend does it.
+
+    Args:
+        weight: `QuantTensor` ``[N, K]``, on the CPU or on a CUDA device.
+
+    Returns:
+        `QuantFragments` on the same device, for `quant_matmul`.
+
+    Raises:
+        BackendError: if `backend` cannot serve.
+    """
+    return _PACK.implementation(weight.packed, backend)(weight)
+
+
 @_OP.register("reference")
 def _reference(x, weight, bias, out):
+    weight = weight.panels() if isinstance(weight, QuantFragments) else weight
     x = x.dequantize() if isinstance(x, QuantActivation) else x
     wide = torch.promote_types(x.dtype, torch.float32)
     y = x.to(wide) @ weight.dequantize().to(wide).t()
@@ -71,6 +93,8 @@ def _reference(x, weight, bias, out):
 
 @_OP.register("cpu")
 def _cpu(x, weight, bias, out):
+    if isinstance(weight, QuantFragments):
+        raise ValueError(f"quant_matmul: expected a QuantTensor, got {weight}: call its panels()")
     n = weight.shape[0]
     if isinstance(x, QuantActivation):
         if x.group_size != weight.group_size or x.k != weight.shape[1]:
@@ -89,6 +113,85 @@ def _cpu(x, weight, bias, out):
     q = empty_quantized(rows, weight.group_size).data
     _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, as_rows(out))
     return out
+
+
+def _device(backend):
+    def run(x, weight, bias, out):
+        if isinstance(x, QuantActivation):
+            raise ValueError(f"quant_matmul: backend {backend!r} takes no quantized activations")
+        device.check_same("quant_matmul", x, weight=weight, bias=bias, out=out)
+        if isinstance(weight, QuantTensor):
+            if backend not in weight.forms:
+                weight.forms[backend] = pack_fragments(weight, backend=backend)
+            weight = weight.forms[backend]
+        n, k = weight.shape
+        if out is None:
+            out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
+        rows, library = as_rows(x), device.library(backend)
+        if rows.stride(1) == 1 and (rows.data_ptr() % 16 or rows.stride(0) % 8):
+            rows = rows.clone(memory_format=torch.contiguous_format)
+        multiprocessors, stream = device.multiprocessors(x.device), device.stream(x)
+        scratch = library.quant_matmul_scratch(len(rows), n, k, weight.group_size, multiprocessors)
+        library.quant_matmul(
+            rows,
+            *weight.fragment_arguments(),
+            bias,
+            as_rows(out),
+            multiprocessors,
+            torch.empty(scratch, dtype=torch.float32, device=x.device),
+            _counters(x.device, stream),
+            stream,
+        )
+        return out
+
+    return run
+
+
+for _backend in ("cuda", "emulator"):
+    _OP.register(_backend)(_device(_backend))
+
+
+def _counters(where, stream):
+    """int32 zeros, one a tile, that the kernel leaves as zeros: a set for each stream."""
+    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
+        # Memory of the graph, cleared at each replay.
+        return torch.zeros(_MAX_TILES, dtype=torch.int32, device=where)
+    return _stream_counters(where, stream)
+
+
+@functools.cache
+def _stream_counters(where, stream):
+    return torch.zeros(_MAX_TILES, dtype=torch.int32, device=where)
+
+
+@_PACK.register("cpu")
+def _pack_cpu(weight):
+    return _packed(weight, _C.pack_fragments)
+
+
+def _pack_device(backend):
+    def run(weight):
+        stream = device.stream(weight.packed)
+        pack = device.library(backend).pack_fragments
+        return _packed(weight, lambda *arguments: pack(*arguments, stream))
+
+    return run
+
+
+for _backend in ("cuda", "emulator"):
+    _PACK.register(_backend)(_pack_device(_backend))
+
+
+@_PACK.register("reference")
+def _pack_reference(weight):
+    return QuantFragments.from_parts(*weight.parts(), bits=weight.bits)
+
+
+def _packed(weight, pack):
+    size = QuantFragments.packed_bytes(*weight.kernel_arguments()[1:])
+    packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
+    pack(*weight.kernel_arguments(), packed)
+    return QuantFragments(packed, weight.shape, weight.bits, weight.group_size, weight.has_minimum)
 
 
 @_QUANTIZE.register("reference")

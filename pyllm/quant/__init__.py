@@ -1,6 +1,7 @@
 """Quantized weights: `QuantTensor`, the one form between file formats and kernels."""
 
 from pyllm.quant.activation import QuantActivation
+from pyllm.quant.fragments import QuantFragments
 from pyllm.quant.tensor import QuantTensor
 
-__all__ = ["QuantActivation", "QuantTensor"]
+__all__ = ["QuantActivation", "QuantFragments", "QuantTensor"]

@@ -1,6 +1,6 @@
 """`QuantTensor`: weights of 4 or 8 bits in groups, packed once for the processor's instructions."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -24,6 +24,7 @@ class QuantTensor:
         bits: 4 or 8.
         group_size: 16 or 32; divides K.
         has_minimum: whether ``m`` is stored.
+        forms: the same weight packed for other backends, by their names, kept from first use on.
     """
 
     packed: torch.Tensor
@@ -31,6 +32,7 @@ class QuantTensor:
     bits: int
     group_size: int
     has_minimum: bool
+    forms: dict = field(default_factory=dict, init=False, compare=False)
 
     @staticmethod
     def from_parts(q, scale, minimum=None, *, bits) -> "QuantTensor":

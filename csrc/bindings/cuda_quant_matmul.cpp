@@ -1,0 +1,71 @@
+#include "bindings/device_library.h"
+#include "bindings/quant_matrix.h"
+
+namespace pyllm {
+namespace {
+
+// The floats of scratch that cuda_quant_matmul needs.
+int64_t quant_matmul_scratch(int64_t rows, int64_t n, int64_t k, int group_size,
+                             int multiprocessors) {
+  return cuda::QuantMatmulPlan::of(n, k, multiprocessors).partial_size(rows, group_size);
+}
+
+void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor packed, int64_t n,
+                       int64_t k, int bits, int group_size, bool has_minimum, DeviceTensor bias,
+                       DeviceTensor y, int multiprocessors, DeviceTensor partial,
+                       DeviceTensor arrived, uintptr_t stream) {
+  using Plan = cuda::QuantMatmulPlan;
+  Check c("quant_matmul");
+  check_format(c, n, k, bits, group_size);
+  const QuantFragments w{n, k, bits, group_size, has_minimum};
+  check_bytes(c, packed, w.bytes());
+  c(x, "x", "T K", {DType::F16, DType::BF16});
+  c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
+  c(y, "out", "T N", {x.dtype});
+  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  c.optional(bias, "bias", "N", {DType::F32});
+  if (y.numel() == 0) return;
+  c.require(
+      reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.shape[0] == 1 || x.stride[0] % 8 == 0),
+      "x: expected rows aligned to 16 bytes, got " + describe(x));
+  c.require(reinterpret_cast<uintptr_t>(packed.data) % 16 == 0,
+            "weight: expected packed bytes aligned to 16, got " + describe(packed));
+  c.require(multiprocessors > 0 && multiprocessors < 65536, "expected a count of multiprocessors");
+  const Plan plan = Plan::of(n, k, multiprocessors);
+  c.require(plan.fits(), "weight: expected fewer than 2^23 rows and 2^44 values, got [" +
+                             std::to_string(n) + ", " + std::to_string(k) + "]");
+  c(partial, "partial", "_", {DType::F32}, true);
+  c.require(partial.shape[0] >= plan.partial_size(x.shape[0], group_size),
+            "partial: expected more scratch");
+  c(arrived, "arrived", "_", {DType::I32}, true);
+  c.require(arrived.shape[0] >= plan.tiles, "arrived: expected a counter a tile");
+  library.run(&cuda::Kernels::quant_matmul,
+              {x, bias, y, partial, arrived, packed.as<const uint8_t>(), w, plan}, stream,
+              {{"x", x},
+               {"weight", packed},
+               {"bias", bias},
+               {"out", y},
+               {"partial", partial},
+               {"arrived", arrived}});
+}
+
+void cuda_pack_fragments(DeviceLibrary& library, DeviceTensor packed, int64_t n, int64_t k,
+                         int bits, int group_size, bool has_minimum, DeviceTensor out,
+                         uintptr_t stream) {
+  Check c("pack_fragments");
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
+  const int64_t bytes = fragments_of(w).bytes();
+  check_bytes(c, out, bytes);
+  c.require(bytes / 16 / 128 < int64_t{1} << 31, "weight: expected at most 2^42 bytes");
+  library.run(&cuda::Kernels::pack_fragments, {w, out}, stream, {{"weight", packed}, {"out", out}});
+}
+
+}  // namespace
+
+void register_cuda_quant_matmul(DeviceLibraryClass& c) {
+  c.def("quant_matmul", &cuda_quant_matmul)
+      .def("pack_fragments", &cuda_pack_fragments)
+      .def_static("quant_matmul_scratch", &quant_matmul_scratch);
+}
+
+}  // namespace pyllm
