@@ -3,8 +3,8 @@
 // One kernel serves one row of activations and 128: the weights go through registers to the tensor
 // cores as q - offset, exactly, and scale and minimum are applied to the float sums of a group, the
 // minimum times the group's sum of x (which the tensor cores form too, by a matrix of ones).
-// Nothing but the activations is rounded. The weight is the A operand, so that 8 rows of x fill a
-// tile; each of its bytes is copied once to shared memory, by the lane that dequantizes it.
+// Neither weights nor activations are rounded. The weight is the A operand, so that 8 rows of x fill
+// a tile; each of its bytes is copied once to shared memory, by the lane that dequantizes it.
 //
 // The order of additions of an output is fixed by N, K and the number of multiprocessors: groups
 // alternate between two halves of the block, each in order of k; then the halves; then the blocks
@@ -17,7 +17,7 @@
 // 8192 x 8192, against cuBLAS in fp16 (134 MB: 44 us up to 64 rows, 47 us at 128); not yet run:
 //   rows 1: 42 MB, 12.5 us at full bandwidth; at 85 %, with launch, fill and fix-up 17 us: 2.5 x
 //   rows 16: as bytes; x from L2 17 MB: 18 us: 2.4 x
-//   rows 64: mma 16 us, L2 130 MB: 24 us: 1.8 x
+//   rows 64: mma 16 us, L2 120 MB: 24 us: 1.8 x
 //   rows 128: mma 32 us with the sums, L2 200 MB 36 us: 41 us: 1.1 x
 // What decided: tiles of 128 rows of the weight keep the reading of x (N / 128 times) below L2's
 // bandwidth; two halves of 32 x 128 a warp, not 8 warps of 16 rows, halve the reading of x from
