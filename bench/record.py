@@ -10,7 +10,6 @@ from importlib import metadata
 from pathlib import Path
 
 import pyllm
-from pyllm.cli.report import machine
 
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent if (HERE.parent / "setup.py").exists() else None
@@ -32,6 +31,8 @@ def environment(threads, other=None) -> dict:
     Args:
         other: the Python of another environment that peers run in.
     """
+    from pyllm.cli.report import machine  # here: needs torch, which an environment of peers lacks
+
     load, busy = os.getloadavg(), busy_cores()
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -101,6 +102,8 @@ def versions(other=None) -> dict:
 
 def device(threads) -> str:
     """A folder's name for this machine: processor, instruction set and threads."""
+    from pyllm.cli.report import machine
+
     about = machine()
     isa = next(n for n, use in about["instruction sets"].items() if use == "in use")
     name = f"{about['processor'].partition('@')[0]} {_family()} {isa} {threads} threads"
