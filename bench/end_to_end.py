@@ -61,8 +61,9 @@ def measure(
         engines, other: see `engines.interpreters`.
 
     Returns:
-        Tokens per second ``{engine: {test: [one a round]}}``, each engine's peak MB, and why an
-        engine is absent ``{engine: reason}``.
+        Tokens per second ``{engine: {test: [one a round]}}``, the machine's limits, which are
+        measured in every round and the highest kept, each engine's peak MB, and why an engine is
+        absent ``{engine: reason}``.
     """
     found, missing = interpreters(engines, other)
     absent = dict.fromkeys(missing, "not installed")
@@ -76,8 +77,11 @@ def measure(
             absent[name] = str(error)
     try:
         speeds = {r.name: {t.name: [] for t in tests} for r in remotes}
-        taking_part = remotes
+        taking_part, limit = remotes, {}
         for i in range(-1, rounds):  # round -1 warms up
+            progress("the machine's limits")
+            for name, value in limits.measure(threads=threads).items():
+                limit[name] = max(value, limit.get(name, 0.0))
             took = dict.fromkeys(taking_part, 0.0)
             for test in tests:
                 # An eighth of the tokens warms up as well.
@@ -98,7 +102,7 @@ def measure(
             next_round = 1.2 * sum(took[r] for r in taking_part)  # there is more than what is timed
             if i >= 0 and minutes and time.monotonic() - begin + next_round > 60 * minutes:
                 break
-        return speeds, {r.name: r.peak_mb for r in remotes}, absent
+        return speeds, limit, {r.name: r.peak_mb for r in remotes}, absent
     finally:
         for remote in remotes:
             remote.close()
@@ -131,18 +135,14 @@ def cost(model, depth):
 
 
 def report(model, *, threads, tests=TESTS, progress=lambda text: None, **options) -> dict:
-    """Measures the machine's limits and all engines; returns what is written as JSON.
+    """Measures all engines; returns what is written as JSON.
 
     Args:
         options: of `measure`.
     """
-    progress("the machine's limits")
-    before = limits.measure(threads=threads)
-    speeds, peak_mb, absent = measure(
+    speeds, limit, peak_mb, absent = measure(
         model, threads=threads, tests=tests, progress=progress, **options
     )
-    progress("the machine's limits again")
-    after = limits.measure(threads=threads)
     rows = []
     for test in tests:
         middle = test.depth + test.n // 2
@@ -165,7 +165,7 @@ def report(model, *, threads, tests=TESTS, progress=lambda text: None, **options
     return {
         "model": Path(model).name, "threads": threads, "peak_mb": peak_mb, "absent": absent,
         "rounds": max((len(row["tokens_per_second"]) for row in rows), default=0),
-        "limits": {name: max(before[name], after[name]) for name in before}, "rows": rows,
+        "limits": limit, "rows": rows,
     }  # fmt: skip
 
 
