@@ -62,7 +62,7 @@ def measure(
 
     Returns:
         Tokens per second ``{engine: {test: [one a round]}}``, the machine's limits, which are
-        measured in every round and the highest kept, each engine's peak MB, and why an engine is
+        measured in every round (the medians, like the speeds), each engine's peak MB, and why an engine is
         absent ``{engine: reason}``.
     """
     found, missing = interpreters(engines, other)
@@ -77,11 +77,10 @@ def measure(
             absent[name] = str(error)
     try:
         speeds = {r.name: {t.name: [] for t in tests} for r in remotes}
-        taking_part, limit = remotes, {}
+        taking_part, found_limits = remotes, []
         for i in range(-1, rounds):  # round -1 warms up
             progress("the machine's limits")
-            for name, value in limits.measure(threads=threads).items():
-                limit[name] = max(value, limit.get(name, 0.0))
+            found_limits.append(limits.measure(threads=threads))
             took = dict.fromkeys(taking_part, 0.0)
             for test in tests:
                 # An eighth of the tokens warms up as well.
@@ -102,6 +101,7 @@ def measure(
             next_round = 1.2 * sum(took[r] for r in taking_part)  # there is more than what is timed
             if i >= 0 and minutes and time.monotonic() - begin + next_round > 60 * minutes:
                 break
+        limit = {k: statistics.median(f[k] for f in found_limits) for k in found_limits[0]}
         return speeds, limit, {r.name: r.peak_mb for r in remotes}, absent
     finally:
         for remote in remotes:
