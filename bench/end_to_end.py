@@ -61,9 +61,9 @@ def measure(
         engines, other: see `engines.interpreters`.
 
     Returns:
-        Tokens per second ``{engine: {test: [one a round]}}``, the machine's limits, which are
-        measured in every round (the medians, like the speeds), each engine's peak MB, and why an engine is
-        absent ``{engine: reason}``.
+        Tokens per second ``{engine: {test: [one a round]}}``, the machine's limits (medians of
+        the rounds, like the speeds), each engine's peak MB, and why an engine is absent
+        ``{engine: reason}``.
     """
     found, missing = interpreters(engines, other)
     absent = dict.fromkeys(missing, "not installed")

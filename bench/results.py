@@ -210,17 +210,24 @@ def _kernels(devices):
     for folder in devices:
         profiles = [json.loads(p.read_text()) for p in folder.glob("profile-*.json")]
         timed[folder.name] = {op["op"].split(" ")[0] for data in profiles for op in data["ops"]}
+    # What a GPU has run will be in results of its own; a kernel without any has never run on one.
     rows = [
-        (name, *("timed" if name in timed[d] else "not timed" for d in timed), "no kernel")
+        (
+            name,
+            *("timed" if name in timed[d] else "not timed" for d in timed),
+            "never run, emulator only" if "cuda" in op.backends else "no kernel",
+            "never run" if "triton" in op.backends else "no kernel",
+        )
         for name, op in OPS.items()
-        if "cpu" in op.backends
+        if "cpu" in op.backends or "cuda" in op.backends
     ]
     return [
         "## Kernels and devices", "",
         "*Timed*: measured by a profile above. Every CPU kernel is verified by the tests on each"
-        " instruction set of the machine that runs them; results here do not show it."
-        " There are no CUDA and no Triton kernels yet, so none has been run on any GPU.", "",
-        *_table("|".join(["op", *timed, "GPU"]), rows),
+        " instruction set of the machine that runs them; results here do not show it. *Never run,"
+        " emulator only*: the tests execute the CUDA kernel on the emulator, and no GPU has run it"
+        " yet.", "",
+        *_table("|".join(["op", *timed, "CUDA on a GPU", "Triton on a GPU"]), rows),
     ]  # fmt: skip
 
 
