@@ -203,7 +203,7 @@ def compile(source, *, kernels=None, flags=()) -> Program:
     if not names:
         raise RuntimeError(f"{source}: found no __global__ function that is no template")
     folder = tempfile.TemporaryDirectory(prefix="pyllm-emulator-")
-    generated = Path(folder.name, source.stem + ".cpp")
+    generated = Path(folder.name, source.stem + ".cu")  # what some of its lines are reported as
     entries = " ".join(f"EMULATE_KERNEL({name})" for name in names)
     generated.write_text(
         f'#line 1 "{source.resolve()}"\n{_without_extern_shared(text)}\n'
@@ -217,7 +217,18 @@ def compile(source, *, kernels=None, flags=()) -> Program:
     rpath = f"-Wl,-rpath,{_LIBRARY.parent}"
     # Linked without -fsanitize: the emulator, not the sanitizer, answers to the compiler's hooks.
     for step in (
-        [compiler, *FLAGS, *flags, *include, *prefix, "-c", str(generated), "-o", compiled],
+        [
+            compiler,
+            *FLAGS,
+            *flags,
+            *include,
+            *prefix,
+            "-xc++",
+            "-c",
+            str(generated),
+            "-o",
+            compiled,
+        ],
         [compiler, "-shared", "-o", str(library), compiled, str(_LIBRARY), rpath],
     ):
         done = subprocess.run(step, capture_output=True, text=True)
