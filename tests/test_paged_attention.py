@@ -4,7 +4,7 @@ from cases import DTYPES, HEADS, RAGGED, PagedBatch, dtype_name, rand, relaid
 from compare import assert_close, poisoned
 
 from pyllm import _C
-from pyllm.ops import alloc, paged_attention
+from pyllm.ops import alloc, device, paged_attention
 from pyllm.ops._attention import attend, window_sides
 
 INF = float("inf")
@@ -53,9 +53,9 @@ class Case:
             )  # fmt: skip
         return torch.cat(parts)
 
-    def check(self, **options):
+    def check(self, backend="cpu", **options):
         out = poisoned(self.q.shape, self.q.dtype)
-        assert self.run(**options, out=out) is out
+        assert self.run(**options, out=out, backend=backend) is out
         exact = self.formula(torch.float64, **options)
         assert_close(out, exact, self.formula(self.q.dtype, **options))
 
@@ -326,3 +326,129 @@ def test_bad_arguments(arguments, message):
 def test_a_head_dim_that_is_too_large():
     with pytest.raises(ValueError, match="head dim from 1 to 256, got 257"):
         Case([(1, 3)], (1, 1, 257)).run()
+
+
+# --- CUDA's kernel, on the emulator: halves, head dims that are multiples of 8
+HALVES = [torch.bfloat16, torch.float16]
+DEVICE_HEADS = [heads for heads in HEADS if heads[2] % 8 == 0]
+
+
+@pytest.mark.parametrize("sequences", [*RAGGED, [(70, 1000)]], ids=str)
+@pytest.mark.parametrize("heads", DEVICE_HEADS, ids=str)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+def test_device_matches_reference(sequences, heads, dtype):
+    Case(sequences, heads, dtype).check(backend="emulator")
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("page_size", [1, 5, 64])
+def test_device_options(options, page_size):
+    for sequences in RAGGED[2:]:
+        Case(sequences, dtype=torch.float16, page_size=page_size).check(
+            backend="emulator", **options
+        )
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@pytest.mark.parametrize("heads", [(9, 3, 64), (4, 2, 128), (2, 1, 256), (2, 2, 80)], ids=str)
+def test_device_reads_caches_of_bytes(cache_dtype, dtype, heads):
+    for sequences in [RAGGED[3], RAGGED[4], [(40, 600)]]:
+        case = Case(sequences, heads, dtype, cache_dtype)
+        scales = {"k_scale": torch.tensor([0.02, 0.05, 0.01]), "v_scale": torch.tensor([0.1, 3, 1])}
+        case.check(backend="emulator", **{name: s[: heads[1]] for name, s in scales.items()})
+        # A cache of halves that holds the same numbers gives the same bits.
+        expected = case.run(backend="emulator")
+        case.caches = [cache.to(dtype) for cache in case.caches]
+        assert torch.equal(case.run(backend="emulator"), expected)
+
+
+@pytest.mark.parametrize("heads", [(9, 3, 64), (8, 1, 128), (2, 1, 256)], ids=str)
+def test_device_gives_the_same_bits_however_a_prompt_is_cut(heads):
+    case = Case([(70, 1000)], heads, torch.float16)
+    whole = case.run(backend="emulator")
+    for pieces in ([1] * 10 + [60], [7] * 10, [40, 30]):
+        assert torch.equal(cut(case, pieces, backend="emulator"), whole), pieces
+
+
+def test_device_gives_the_same_bits_alone_and_in_a_batch():
+    sequences = [(1, 700), (130, 300), (0, 9), (5, 40), (1, 3)]
+    case = Case(sequences, dtype=torch.bfloat16)
+    whole = case.run(backend="emulator")
+    for b in range(len(sequences)):
+        part = slice(*case.batch.cu_seqlens_q[b : b + 2].tolist())
+        alone = {
+            "cu_seqlens_q": ints(0, part.stop - part.start),
+            "page_table": case.batch.page_table[b : b + 1],
+            "context_lens": case.batch.context_lens[b : b + 1],
+        }
+        assert torch.equal(case.run(case.q[part], backend="emulator", **alone), whole[part])
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e4m3fn], ids=dtype_name)
+@pytest.mark.parametrize("new", [2, 90])
+def test_device_keys_that_are_not_visible_do_not_matter(cache_dtype, new):
+    case = Case([(new, 600)], (3, 1, 64), torch.float16, cache_dtype)
+    before = case.run(window=70, backend="emulator")
+    nan = torch.full((64,), float("nan")).to(cache_dtype)
+    key = 600 + new - 80  # of the window of some queries only
+    case.caches[1][case.batch.page_table[0, key // 16], key % 16] = nan
+    after = case.run(window=70, backend="emulator")
+    at = torch.arange(600, 600 + new)
+    sees = (at >= key) & (at - 70 < key)
+    assert after[sees].isnan().all()
+    assert torch.equal(after[~sees], before[~sees])
+
+
+def test_device_never_reads_outside_the_cache():
+    case = Case([(2, 30), (3, 600)], dtype=torch.float16)
+    expected = case.run(backend="emulator")
+    for name in ("page_table", "context_lens", "cu_seqlens_q"):
+        original = getattr(case.batch, name).clone()
+        for value in (2**31 - 1, -(2**31), 1):
+            getattr(case.batch, name).fill_(value)
+            case.run(backend="emulator")
+        getattr(case.batch, name).copy_(original)
+    assert torch.equal(case.run(backend="emulator"), expected)
+
+
+@pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8], ids=dtype_name)
+def test_device_reads_keys_once_for_all_heads_of_a_group(cache_dtype):
+    case = Case([(1, 1023)], (8, 2, 128), torch.float16, cache_dtype)
+    device.emulator_report()
+    case.run(backend="emulator")
+    attention, combine = device.emulator_report()
+    assert attention["kernel"] == "paged_attention"
+    for name in ("k_cache", "v_cache"):
+        used = 1024 * 2 * 128 * cache_dtype.itemsize
+        assert attention["buffers"][name]["read"] == used
+        assert attention["buffers"][name]["read_sectors"] * 32 == used
+    for report in (attention, combine):
+        for site in report["sites"]:
+            if site["space"] == "shared":
+                assert site["transactions"] == site["ideal"], site
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": torch.ones(5, 9, 64)}, r"q: expected float16\|bfloat16"),
+        (
+            {"q": torch.ones(5, 9, 64).bfloat16()},
+            r"k_cache: expected bfloat16\|int8\|float8_e4m3fn",
+        ),
+        ({"q": torch.ones(5, 4, 64).half()}, "q: expected a multiple of the 3 KV heads"),
+        ({"cu_seqlens_q": ints(0, 5, 2, 5)}, r"expected B \+ 1 = 3 entries, got 4"),
+        ({"sinks": torch.ones(3)}, r"sinks: expected float32\[H\]"),
+        ({"k_scale": torch.ones(9)}, r"k_scale: expected float32\[Hkv\]"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_on_a_device(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Case([(2, 30), (3, 30)], dtype=torch.float16).run(**arguments, backend="emulator")
+
+
+def test_device_refuses_rows_of_bytes_that_are_not_on_16():
+    with pytest.raises(ValueError, match="k_cache: expected a head dim that is a multiple of 16"):
+        Case([(1, 3)], (1, 1, 40), torch.float16, torch.int8).run(backend="emulator")

@@ -53,6 +53,7 @@ std::string DeviceLibrary::report() {
 }
 
 void register_cuda_flash_attention(DeviceLibraryClass& c);
+void register_cuda_paged_attention(DeviceLibraryClass& c);
 void register_cuda_quant_matmul(DeviceLibraryClass& c);
 void register_cuda_rms_norm(DeviceLibraryClass& c);
 
@@ -62,6 +63,7 @@ void register_device_library(py::module_& m) {
       .def("configure", &DeviceLibrary::configure, py::arg("seed"), py::arg("threads"))
       .def("report", &DeviceLibrary::report);
   register_cuda_flash_attention(c);
+  register_cuda_paged_attention(c);
   register_cuda_quant_matmul(c);
   register_cuda_rms_norm(c);
 }

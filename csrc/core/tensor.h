@@ -5,13 +5,14 @@
 
 namespace pyllm {
 
-enum class DType : uint8_t { F32, BF16, F16, F64, I8, U8, I32, I64, Bool };
+enum class DType : uint8_t { F32, BF16, F16, F64, I8, U8, I32, I64, Bool, E4M3 };
 
-inline constexpr const char* kDTypeNames[] = {"float32", "bfloat16", "float16", "float64", "int8",
-                                              "uint8",   "int32",    "int64",   "bool"};
+inline constexpr const char* kDTypeNames[] = {"float32", "bfloat16",     "float16", "float64",
+                                              "int8",    "uint8",        "int32",   "int64",
+                                              "bool",    "float8_e4m3fn"};
 inline const char* name(DType dtype) { return kDTypeNames[static_cast<int>(dtype)]; }
 
-inline constexpr int kItemSizes[] = {4, 2, 2, 8, 1, 1, 4, 8, 1};
+inline constexpr int kItemSizes[] = {4, 2, 2, 8, 1, 1, 4, 8, 1, 1};
 inline int item_size(DType dtype) { return kItemSizes[static_cast<int>(dtype)]; }
 
 inline constexpr int kMaxDims = 4;

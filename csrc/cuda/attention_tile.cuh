@@ -115,18 +115,17 @@ __device__ __forceinline__ int swizzled(int row, int chunk) {
 }
 
 // f(row, chunk) for the chunks of a tile that this thread copies.
-template <class S, int Rows, class F>
+template <int Threads, int Rows, int Chunks, class F>
 __device__ __forceinline__ void for_own_chunks(F f) {
-  constexpr int kStep = S::kThreads / S::kChunks;
 #pragma unroll 1  // saves the registers that would hold addresses
-  for (int row = threadIdx.x / S::kChunks; row < Rows; row += kStep)
-    f(row, threadIdx.x % S::kChunks);
+  for (int row = threadIdx.x / Chunks; row < Rows; row += Threads / Chunks)
+    f(row, threadIdx.x % Chunks);
 }
 
 // Starts copying rows of `dim` elements to a tile; at(row) says where a row is, or null: zeros.
 template <class S, int Rows, class T, class At>
 __device__ __forceinline__ void copy_rows(T* tile, const T* anywhere, int dim, At at) {
-  for_own_chunks<S, Rows>([&](int row, int chunk) {
+  for_own_chunks<S::kThreads, Rows, S::kChunks>([&](int row, int chunk) {
     const T* from = at(row);
     const bool real = from && chunk * 8 < dim;
     cp_async<16>(tile + swizzled<S::kDim>(row, chunk), real ? from + chunk * 8 : anywhere,
@@ -141,7 +140,7 @@ template <class S>
 __device__ __forceinline__ bool drop_non_finite(typename S::T* values) {
   constexpr uint32_t kInfinity = std::is_same_v<typename S::T, f16> ? 0x7c00 : 0x7f80;
   bool dropped = false;
-  for_own_chunks<S, S::kKeys>([&](int row, int chunk) {
+  for_own_chunks<S::kThreads, S::kKeys, S::kChunks>([&](int row, int chunk) {
     auto* const at = values + swizzled<S::kDim>(row, chunk);
     auto pairs = load<Vec<uint32_t, 4>>(at);
     uint32_t any = 0;

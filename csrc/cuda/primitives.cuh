@@ -469,6 +469,17 @@ __device__ __forceinline__ float float_of_e4m3(uint8_t x) {
   // The bits as those of a float with a small exponent, times 2^120.
   return __uint_as_float(sign | __float_as_uint(__uint_as_float(rest << 20) * 0x1p120f));
 }
+// Two of them, in the low bits of x, as two f16.
+__device__ __forceinline__ uint32_t widen_e4m3(uint32_t x) {
+#if defined(PYLLM_EMULATOR) || (defined(__CUDA_ARCH__) && __CUDA_ARCH__ < 890)
+  return pack<f16>(float_of_e4m3(static_cast<uint8_t>(x)),
+                   float_of_e4m3(static_cast<uint8_t>(x >> 8)));
+#else
+  uint32_t r;
+  asm("cvt.rn.f16x2.e4m3x2 %0, %1;" : "=r"(r) : "h"(static_cast<uint16_t>(x)));
+  return r;
+#endif
+}
 // To nearest, ties to even; beyond 448 saturates.
 __device__ __forceinline__ uint8_t round_to_e4m3(float x) {
   const uint32_t bits = __float_as_uint(x), sign = bits >> 24 & 0x80, rest = bits & 0x7fffffffu;

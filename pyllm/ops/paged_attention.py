@@ -3,6 +3,7 @@
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
 from pyllm.ops._attention import attend, window_sides
 from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
@@ -71,7 +72,9 @@ def paged_attention(
 
 
 def _per_head(scale, cache):
-    return torch.full((cache.shape[2],), scale) if isinstance(scale, float | int) else scale
+    if not isinstance(scale, float | int):
+        return scale
+    return torch.full((cache.shape[2],), scale, dtype=torch.float32, device=cache.device)
 
 
 @_OP.register("reference")
@@ -114,3 +117,36 @@ def _cpu(
         softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out, partials,
     )  # fmt: skip
     return out
+
+
+def _device(backend):
+    def run(
+        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides, softcap,
+        alibi_slopes, sinks, k_scale, v_scale, out,
+    ):  # fmt: skip
+        library = device.library(backend)
+        out = torch.empty_like(q) if out is None else out
+        partials = None
+        if q.ndim == 3 and k_cache.ndim == 4 and page_table.ndim == 2:
+            batch, max_pages = page_table.shape
+            size = library.paged_attention_partials(
+                q.shape[0], batch, q.shape[1], k_cache.shape[2], q.shape[2],
+                max_pages * k_cache.shape[1],
+            )  # fmt: skip
+            partials = q.new_empty((size,), dtype=torch.float32) if size else None
+        device.check_same(
+            "paged_attention", q, k_cache=k_cache, v_cache=v_cache, cu_seqlens_q=cu_seqlens_q,
+            page_table=page_table, context_lens=context_lens, alibi_slopes=alibi_slopes,
+            sinks=sinks, k_scale=k_scale, v_scale=v_scale, out=out,
+        )  # fmt: skip
+        library.paged_attention(
+            q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides[0],
+            softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out, partials, device.stream(q),
+        )  # fmt: skip
+        return out
+
+    return run
+
+
+for _backend in ("cuda", "emulator"):
+    _OP.register(_backend)(_device(_backend))
