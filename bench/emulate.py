@@ -17,20 +17,44 @@ from pyllm.ops import device
 TABLE = Path(__file__).with_name("traffic.json")
 
 
-def _rms_norm(rows, width, dtype=torch.float16, residual=False):
+def _norm(op, rows, width, dtype=torch.float16, residual=False, **options):
     x = torch.randn(rows, width).to(dtype)
     added = torch.randn(rows, width).to(dtype) if residual else None
-    ops.rms_norm(x, torch.ones(width, dtype=dtype), residual=added, backend="emulator")
+    weight = torch.ones(width, dtype=dtype)
+    getattr(ops, op)(x, weight, residual=added, backend="emulator", **options)
+
+
+def _norm_backward(op, rows, width, dtype=torch.float16):
+    x, dy = (torch.randn(rows, width).to(dtype) for _ in range(2))
+    getattr(ops, op)(dy, x, torch.ones(width, dtype=dtype), backend="emulator")
+
+
+def _norm_cases(op):
+    return {
+        "fp16 8 x 4096": lambda: _norm(op, 8, 4096),
+        "fp16 8 x 4096 residual": lambda: _norm(op, 8, 4096, residual=True),
+        "fp16 8 x 4096 to int8": lambda: _norm(op, 8, 4096, quantize=torch.int8),
+        "fp32 3 x 1024": lambda: _norm(op, 3, 1024, torch.float32),
+        "fp16 64 x 64": lambda: _norm(op, 64, 64),
+        "fp32 1 x 65536": lambda: _norm(op, 1, 65536, torch.float32),
+        "fp16 2 x 4097": lambda: _norm(op, 2, 4097),
+    }
+
+
+def _norm_backward_cases(op):
+    return {
+        "fp16 2048 x 96": lambda: _norm_backward(op, 2048, 96),
+        "fp16 300 x 2048": lambda: _norm_backward(op, 300, 2048),
+        "fp16 40 x 16384": lambda: _norm_backward(op, 40, 16384),
+    }
 
 
 # Op: case: what runs it. Sizes are small, as the emulator is slow, but large enough to be typical.
 CASES = {
-    "rms_norm": {
-        "fp16 8 x 4096": lambda: _rms_norm(8, 4096),
-        "fp16 8 x 4096 residual": lambda: _rms_norm(8, 4096, residual=True),
-        "fp32 3 x 1024": lambda: _rms_norm(3, 1024, torch.float32),
-        "fp16 2 x 4097": lambda: _rms_norm(2, 4097),
-    },
+    "layer_norm": _norm_cases("layer_norm"),
+    "layer_norm_backward": _norm_backward_cases("layer_norm_backward"),
+    "rms_norm": _norm_cases("rms_norm"),
+    "rms_norm_backward": _norm_backward_cases("rms_norm_backward"),
 }
 
 

@@ -21,7 +21,7 @@ def write(root) -> Path:
     devices = sorted(p for p in root.iterdir() if p.is_dir() and any(p.glob("*.json")))
     for folder in devices:
         lines += _device(folder)
-    lines += _kernels(devices)
+    lines += _kernels(root, devices)
     page = root / "README.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     return page
@@ -201,8 +201,23 @@ def _rewrite(page, lines):
     return page
 
 
-def _kernels(devices):
-    """What of each op has been run where: timed if a profile has it."""
+# Written by `pytest -m gpu --record-gpu FILE`: by GPU its commit, date, and by op how many tests
+# passed and failed.
+GPU_TESTS = "gpu_tests.json"
+
+
+def _on_gpus(op, gpus):
+    runs = [
+        f"{passed} tests passed, {failed} failed on {gpu} at {run['commit']}, {run['date'][:10]}"
+        for gpu, run in gpus.items()
+        for passed, failed in [run["ops"].get(op, (0, 0))]
+        if passed + failed
+    ]
+    return "; ".join(runs) or "never run, emulator only"
+
+
+def _kernels(root, devices):
+    """What of each op has been run where: timed if a profile has it; on a GPU, by its tests."""
     import pyllm.ops  # noqa: F401  fills OPS
     from pyllm.ops.registry import OPS
 
@@ -210,12 +225,12 @@ def _kernels(devices):
     for folder in devices:
         profiles = [json.loads(p.read_text()) for p in folder.glob("profile-*.json")]
         timed[folder.name] = {op["op"].split(" ")[0] for data in profiles for op in data["ops"]}
-    # What a GPU has run will be in results of its own; a kernel without any has never run on one.
+    gpus = json.loads(path.read_text()) if (path := root / GPU_TESTS).exists() else {}
     rows = [
         (
             name,
             *("timed" if name in timed[d] else "not timed" for d in timed),
-            "never run, emulator only" if "cuda" in op.backends else "no kernel",
+            _on_gpus(name, gpus) if "cuda" in op.backends else "no kernel",
             "never run" if "triton" in op.backends else "no kernel",
         )
         for name, op in OPS.items()

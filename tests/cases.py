@@ -2,8 +2,11 @@
 
 import torch
 
-# The backends with kernels that run on every machine: the CPU's own, and CUDA's on the emulator.
-BACKENDS = ["cpu", "emulator"]
+# What runs the CUDA kernels: the emulator everywhere, and a device where there is one (conftest.py
+# marks those tests `gpu`, and makes tensors there).
+DEVICES = ["emulator", "cuda"]
+# Every backend with hand-written kernels.
+BACKENDS = ["cpu", *DEVICES]
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 
@@ -14,7 +17,8 @@ ROWS = [(1, 1), (0, 64), (1, 64), (3, 17), (5, 100), (2, 576), (33, 576), (7, 40
 def rand(*shape, dtype=torch.float32, seed=0, scale=1.0):
     """Normal random numbers that depend on the shape and the seed only."""
     generator = torch.Generator().manual_seed(seed * 1000003 + hash(shape) % 1000003)
-    return (torch.randn(*shape, generator=generator) * scale).to(dtype)
+    x = torch.randn(*shape, generator=generator, device="cpu") * scale
+    return x.to(torch.get_default_device(), dtype)
 
 
 def strided(x, extra=5):

@@ -1,7 +1,10 @@
+import datetime
+import json
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 # cases.py and compare.py are imported by their plain names, from bench/ too.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -9,13 +12,72 @@ sys.path.insert(0, str(Path(__file__).parent))
 
 def pytest_addoption(parser):
     parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    help = "add to this file which ops passed their tests on this GPU, at this commit"
+    parser.addoption("--record-gpu", metavar="FILE", type=Path, help=help)
+
+
+def backend_of(item):
+    """The parameter `backend` of a test, or None."""
+    return getattr(item, "callspec", None) and item.callspec.params.get("backend")
 
 
 def pytest_collection_modifyitems(config, items):
+    for item in items:
+        if backend_of(item) == "cuda":
+            item.add_marker(pytest.mark.gpu)
     if not config.getoption("--slow"):
         for item in items:
             if item.get_closest_marker("slow"):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+
+
+# By op: how many tests of the backend `cuda` passed and failed.
+gpu_results = {}
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call":
+        for op in {value for name, value in report.user_properties if name == "cuda op"}:
+            gpu_results.setdefault(op, [0, 0])[report.failed] += 1
+
+
+def pytest_sessionfinish(session):
+    path = session.config.getoption("--record-gpu")
+    if not path or not gpu_results:
+        return
+    from pyllm.bench import record
+
+    runs = json.loads(path.read_text()) if path.exists() else {}
+    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
+    run = {"commit": record.commit(), "date": now, "ops": dict(sorted(gpu_results.items()))}
+    runs[torch.cuda.get_device_name()] = run
+    path.write_text(json.dumps(runs, indent=1) + "\n")
+
+
+@pytest.fixture(autouse=True)
+def on_the_device(request, monkeypatch):
+    """Tests of the backend `cuda` run on a device, and their tensors are made there."""
+    if backend_of(request.node) != "cuda":
+        yield
+        return
+    if not torch.cuda.is_available():
+        pytest.skip("there is no CUDA device")
+    from pyllm.ops import device
+    from pyllm.ops.registry import Op
+
+    if why := device.missing("cuda"):
+        pytest.skip(why)
+    choose = Op.choose
+
+    def choose_and_record(self, *arguments):
+        chosen = choose(self, *arguments)
+        if chosen == "cuda":
+            request.node.user_properties.append(("cuda op", self.name))
+        return chosen
+
+    monkeypatch.setattr(Op, "choose", choose_and_record)
+    with torch.device("cuda"):
+        yield
 
 
 @pytest.fixture(scope="session")

@@ -188,7 +188,7 @@ def test_plots_and_the_page_of_results(tmp_path):
     assert "| tg32@16 | llama.cpp | 1.5 | 1.0 to 2.0 | 1.00 x | 25% of bandwidth |" in page
     assert "Not measured: another (not installed)." in page
     assert "Other processes were busy" in page
-    assert "| quant_matmul | timed | no kernel |" in page
+    assert "| quant_matmul | timed | never run, emulator only |" in page
 
 
 def test_the_page_beside_the_kernels_is_rewritten_between_its_marks(tmp_path):

@@ -20,7 +20,9 @@ runs = pytest.mark.parametrize(
     ("backend", "dtype"), RUNS, ids=[f"{backend}-{dtype_name(dtype)}" for backend, dtype in RUNS]
 )
 backends = pytest.mark.parametrize(
-    ("backend", "dtype"), [("cpu", torch.float32), ("emulator", torch.float16)], ids=BACKENDS
+    ("backend", "dtype"),
+    [("cpu", torch.float32), ("emulator", torch.float16)],
+    ids=["cpu", "emulator"],
 )
 
 

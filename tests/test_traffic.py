@@ -24,9 +24,12 @@ def test_traffic(op, case):
     )
 
 
-def test_norms_move_what_they_must():
-    for case in ("fp16 8 x 4096", "fp16 8 x 4096 residual", "fp32 3 x 1024"):
-        buffers = COMMITTED["rms_norm"][case]["buffers"]
-        # The weight is read by every row, from L2; everything else once.
-        rows = {name: b for name, b in buffers.items() if name != "weight"}
+@pytest.mark.parametrize("op", ["layer_norm", "rms_norm"])
+def test_norms_move_what_they_must(op):
+    for case in emulate.CASES[op]:
+        if case.endswith("4097"):  # one value at a time
+            continue
+        # The parameters are read by every row, from L1, and a scale is four bytes of a sector.
+        buffers = COMMITTED[op][case]["buffers"].items()
+        rows = {name: b for name, b in buffers if name not in ("weight", "scale")}
         assert all(b["moved"] == b["minimum"] for b in rows.values()), rows

@@ -55,7 +55,7 @@ std::string DeviceLibrary::report() {
 void register_cuda_flash_attention(DeviceLibraryClass& c);
 void register_cuda_paged_attention(DeviceLibraryClass& c);
 void register_cuda_quant_matmul(DeviceLibraryClass& c);
-void register_cuda_rms_norm(DeviceLibraryClass& c);
+void register_cuda_norm(DeviceLibraryClass& c);
 
 void register_device_library(py::module_& m) {
   DeviceLibraryClass c(m, "DeviceLibrary");
@@ -65,7 +65,7 @@ void register_device_library(py::module_& m) {
   register_cuda_flash_attention(c);
   register_cuda_paged_attention(c);
   register_cuda_quant_matmul(c);
-  register_cuda_rms_norm(c);
+  register_cuda_norm(c);
 }
 
 }  // namespace pyllm

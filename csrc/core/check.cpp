@@ -55,6 +55,9 @@ void Check::operator()(const Tensor& t, const char* name, std::string_view shape
   }
   if (axis != t.ndim) fail(expected());
   if (t.numel() == 0) return;
+  if (reinterpret_cast<uintptr_t>(t.data) % static_cast<size_t>(item_size(t.dtype)))
+    fail(std::string(name) + ": expected data aligned to its " +
+         std::to_string(item_size(t.dtype)) + " bytes a value");
   if (t.ndim > 0 && t.shape[t.ndim - 1] > 1 && t.stride[t.ndim - 1] != 1)
     fail(std::string(name) + ": expected a contiguous last dimension, got stride " +
          std::to_string(t.stride[t.ndim - 1]));

@@ -2,9 +2,9 @@
 // checked arguments from its binding, picks the instance and the grid, and enqueues its kernels.
 #pragma once
 #include "cuda/flash_attention.h"
+#include "cuda/norm.h"
 #include "cuda/paged_attention.h"
 #include "cuda/quant_matmul.h"
-#include "cuda/rms_norm.h"
 
 namespace pyllm::cuda {
 

@@ -58,4 +58,18 @@ Status launch(const char* name, void (*kernel)(P...), dim3 grid, dim3 block, siz
 #endif
 }
 
+// How much dynamic shared memory a block of the current device may have, less 1 KB for what a
+// kernel declares statically.
+inline int64_t max_shared_bytes() {
+  int bytes = 227 << 10;
+#ifndef PYLLM_EMULATOR
+  int device = 0;
+  if (cudaGetDevice(&device) != cudaSuccess ||
+      cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device) !=
+          cudaSuccess)
+    bytes = 48 << 10;
+#endif
+  return bytes - 1024;
+}
+
 }  // namespace pyllm::cuda

@@ -54,6 +54,19 @@ __device__ __forceinline__ void store(void* p, const V& value) {
   PYLLM_PTX(emu::store(p, &value, sizeof(V)), *static_cast<V*>(p) = value);
 }
 
+// Makes the compiler forget what it derived from these 16 bytes: values unpacked from them are
+// unpacked again after this, not kept in registers meanwhile.
+template <class V>
+__device__ __forceinline__ void forget(V& value) {
+  static_assert(sizeof(V) == 16);
+#ifndef PYLLM_EMULATOR
+  uint4& r = reinterpret_cast<uint4&>(value);
+  asm volatile("" : "+r"(r.x), "+r"(r.y), "+r"(r.z), "+r"(r.w));
+#else
+  (void)value;
+#endif
+}
+
 // The same from global memory that no kernel writes meanwhile, read once: not kept in L1.
 template <class V>
 __device__ __forceinline__ V load_once(const void* p) {
@@ -490,6 +503,19 @@ __device__ __forceinline__ uint8_t round_to_e4m3(float x) {
                                 (__float_as_uint(__uint_as_float(rest) + 0x1p14f) - 0x46800000u));
   const uint32_t rounded = rest + 0x7ffffu + (rest >> 20 & 1) - 0x3c000000u;
   return static_cast<uint8_t>(sign | rounded >> 20);
+}
+
+// Four values as round_to_e4m3 rounds them, the first in the low byte.
+__device__ __forceinline__ uint32_t pack_e4m3(float a, float b, float c, float d) {
+#if !defined(PYLLM_EMULATOR) && __CUDA_ARCH__ >= 890
+  uint16_t lo, hi;
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(lo) : "f"(b), "f"(a));
+  asm("cvt.rn.satfinite.e4m3x2.f32 %0, %1, %2;" : "=h"(hi) : "f"(d), "f"(c));
+  return lo | static_cast<uint32_t>(hi) << 16;
+#else
+  return round_to_e4m3(a) | round_to_e4m3(b) << 8 | round_to_e4m3(c) << 16 |
+         static_cast<uint32_t>(round_to_e4m3(d)) << 24;
+#endif
 }
 
 }  // namespace pyllm::cuda

@@ -3,11 +3,11 @@
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.embedding import embedding
 from pyllm.ops.flash_attention import flash_attention
-from pyllm.ops.layer_norm import layer_norm
+from pyllm.ops.layer_norm import layer_norm, layer_norm_backward
 from pyllm.ops.matmul import matmul
 from pyllm.ops.paged_attention import paged_attention
 from pyllm.ops.quant_matmul import pack_fragments, quant_matmul, quantize_activation
-from pyllm.ops.rms_norm import rms_norm
+from pyllm.ops.rms_norm import rms_norm, rms_norm_backward
 from pyllm.ops.rope_cache import rope_cache
 from pyllm.ops.sample import sample
 
@@ -17,6 +17,7 @@ __all__ = [
     "gelu",
     "gelu_mul",
     "layer_norm",
+    "layer_norm_backward",
     "matmul",
     "pack_fragments",
     "paged_attention",
@@ -24,6 +25,7 @@ __all__ = [
     "quantize_activation",
     "relu",
     "rms_norm",
+    "rms_norm_backward",
     "rope_cache",
     "sample",
     "silu_mul",

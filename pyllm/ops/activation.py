@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import _C
+from pyllm.ops._norm import at_most_3d
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
-from pyllm.ops.rms_norm import at_most_3d
 
 _OP = Op("activation")
 

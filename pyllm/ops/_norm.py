@@ -1,0 +1,85 @@
+"""What `rms_norm` and `layer_norm` share."""
+
+import torch
+
+from pyllm.ops import device
+from pyllm.quant import QuantRows
+
+
+def at_most_3d(x):
+    """`x` as ``[T, D]`` or ``[T, H, D]`` without a copy; None stays None."""
+    if x is None or 2 <= x.ndim <= 3:
+        return x
+    return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -3)
+
+
+def wide(x):
+    """`x` in float32, or in float64 if it is that."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))
+
+
+def finish(y, total, x, residual, quantize, out):
+    """What the reference returns, from `y` in float32."""
+    if quantize in QuantRows.LIMITS:
+        y = QuantRows.from_float(y, quantize)
+    else:
+        y = y.to(x.dtype) if out is None else out.copy_(y)
+    return y if residual is None else (y, total)
+
+
+def check_quantize(op, quantize, out):
+    """Raises unless `quantize` is None, a group size, or a dtype that rows can be quantized to."""
+    rows = isinstance(quantize, torch.dtype)
+    if rows and quantize not in QuantRows.LIMITS:
+        raise ValueError(f"{op}: quantize: expected int8 or float8_e4m3fn, got {quantize}")
+    if rows and out is not None:
+        raise ValueError(f"{op}: out: expected None with quantize, got a tensor")
+
+
+def forward(backend, op, x, weight, bias, eps, residual, quantize, out):
+    """The CUDA kernel of `op`, on the device or on the emulator."""
+    library = device.library(backend)
+    device.check_same(op, x, weight=weight, bias=bias, residual=residual, out=out)
+    total = None if residual is None else torch.empty_like(x)
+    scale = None
+    if quantize in QuantRows.LIMITS:
+        scale = x.new_empty(x.shape[:-1], dtype=torch.float32)
+        y = QuantRows(torch.empty_like(x, dtype=quantize), scale)
+        # The kernels know e4m3 by its bits.
+        out = y.q if quantize == torch.int8 else y.q.view(torch.uint8)
+        scale = scale.flatten()
+    else:
+        # Group sizes are for backends whose matmul takes int8 groups; this one's takes y.
+        y = out = torch.empty_like(x) if out is None else out
+    getattr(library, op)(
+        at_most_3d(x), _as(weight, x), _as(bias, x), eps, *map(at_most_3d, (residual, out, total)),
+        scale, device.stream(x),
+    )  # fmt: skip
+    return y if residual is None else (y, total)
+
+
+def backward(backend, op, dy, x, weight, eps, residual_grad, out, n_parameters):
+    """The CUDA kernels of `op`: ``(dx, dweight)``, and dbias if there are two parameters."""
+    library = device.library(backend)
+    device.check_same(op, x, dy=dy, weight=weight, residual_grad=residual_grad, out=out)
+    dx = torch.empty_like(x) if out is None else out
+    like, width = x if weight is None else weight, x.shape[-1]
+    if x.numel() == 0:
+        return dx, *(like.new_zeros(width) for _ in range(n_parameters))
+    gradients = [like.new_empty(width) for _ in range(n_parameters)]
+    floats = library.norm_backward_scratch(x.numel() // width, width)
+    scratch = x.new_empty(floats, dtype=torch.float32)
+    getattr(library, op)(
+        at_most_3d(dy), at_most_3d(x), weight, eps, at_most_3d(residual_grad), at_most_3d(dx),
+        gradients[0], gradients[1] if n_parameters > 1 else None, scratch, device.stream(x),
+    )  # fmt: skip
+    return dx, *gradients
+
+
+def _as(parameter, x):
+    """`parameter` in float32 unless it is of x's dtype: the kernels take these two."""
+    if parameter is None or parameter.dtype in (x.dtype, torch.float32):
+        return parameter
+    if parameter.dtype in (torch.float16, torch.bfloat16):
+        return parameter.float()
+    return parameter
