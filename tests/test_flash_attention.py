@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, HEADS, dtype_name, rand, strided
+from cases import DTYPES, HEADS, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm import _C
