@@ -291,8 +291,9 @@ __device__ __forceinline__ void ldmatrix(uint32_t (&r)[N], const void* row) {
 #endif
 }
 
-// d = a b + c for a 16 x 16 and b 16 x 8, T = f16 or bf16, accumulated in float; d may be c. Registers
-// hold pairs: a[0], a[1]: rows g and g + 8, columns 2 t and 2 t + 1; a[2], a[3]: the same, columns
+// d = a b + c for a 16 x 16 and b 16 x 8, T = f16 or bf16, accumulated in float; d may be c.
+// Registers hold pairs: a[0], a[1]: rows g and g + 8, columns 2 t and 2 t + 1; a[2], a[3]: the
+// same, columns
 // + 8. b[0], b[1]: column g, rows 2 t and 2 t + 1, and those + 8.
 // d[0], d[1]: row g, columns 2 t and 2 t + 1; d[2], d[3]: row g + 8.
 template <class T>
@@ -304,12 +305,12 @@ __device__ __forceinline__ void mma_m16n8k16(float (&d)[4], const uint32_t (&a)[
                                         {{c[0], c[1], c[2], c[3]}});
   for (int i = 0; i < 4; ++i) d[i] = sum.v[i];
 #else
-#define PYLLM_MMA(type)                                                                   \
-  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                     \
-               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};" \
-               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                           \
-               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]),        \
-                 "f"(c[0]), "f"(c[1]), "f"(c[2]), "f"(c[3]))
+#define PYLLM_MMA(type)                                                                       \
+  asm volatile("mma.sync.aligned.m16n8k16.row.col.f32." type "." type                         \
+               ".f32 {%0, %1, %2, %3}, {%4, %5, %6, %7}, {%8, %9}, {%10, %11, %12, %13};"     \
+               : "=f"(d[0]), "=f"(d[1]), "=f"(d[2]), "=f"(d[3])                               \
+               : "r"(a[0]), "r"(a[1]), "r"(a[2]), "r"(a[3]), "r"(b[0]), "r"(b[1]), "f"(c[0]), \
+                 "f"(c[1]), "f"(c[2]), "f"(c[3]))
   if constexpr (std::is_same_v<T, f16>)
     PYLLM_MMA("f16");
   else
