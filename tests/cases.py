@@ -81,3 +81,13 @@ HEADS += [(8, 1, 128), (4, 2, 256)]
 def relaid(x, *order):
     """The same tensor, its dimensions in this order in memory."""
     return x.permute(order).contiguous().permute([order.index(i) for i in range(x.ndim)])
+
+
+# Arguments of a norm of x [2, 8], and what is said of them.
+BAD_NORM_ARGUMENTS = [
+    ({"weight": torch.ones(7)}, r"weight: expected .*\[D\], got float32\[7\] \(D is 8\)"),
+    ({"x": torch.ones(2, 8, dtype=torch.int32)}, "x: expected float32"),
+    ({"residual": torch.ones(3, 8)}, r"residual: expected .*\(T is 2\)"),
+    ({"x": torch.ones(8, 2).t()}, "contiguous last dimension"),
+    ({"out": torch.ones(2, 8).half()}, "out: expected float32"),
+]

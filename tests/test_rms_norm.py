@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import BACKENDS, DTYPES, ROWS, dtype_name, rand, strided
+from cases import BACKENDS, BAD_NORM_ARGUMENTS, DTYPES, ROWS, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm.ops import quantize_activation, rms_norm
@@ -64,13 +64,7 @@ def test_a_row_does_not_depend_on_the_others(backend):
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
-    [
-        ({"weight": torch.ones(7)}, r"weight: expected .*\[D\], got float32\[7\] \(D is 8\)"),
-        ({"x": torch.ones(2, 8, dtype=torch.int32)}, "x: expected float32"),
-        ({"residual": torch.ones(3, 8)}, r"residual: expected .*\(T is 2\)"),
-        ({"x": torch.ones(8, 2).t()}, "contiguous last dimension"),
-        ({"out": torch.ones(2, 8, dtype=torch.float16)}, "out: expected float32"),
-    ],
+    BAD_NORM_ARGUMENTS,
 )
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_bad_arguments(arguments, message, backend):

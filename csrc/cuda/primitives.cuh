@@ -132,8 +132,7 @@ __device__ __forceinline__ int opaque(int x) {
   return x;
 }
 
-// --- asynchronous copies (cp.async)
-// ---------------------------------------------------------------
+// --- asynchronous copies (cp.async) ---
 
 // Copies Bytes = 4, 8 or 16 from global to shared memory; the last Bytes - source_bytes are zeros.
 template <int Bytes = 16>
@@ -164,8 +163,7 @@ __device__ __forceinline__ void cp_async_wait() {
             asm volatile("cp.async.wait_group %0;" ::"n"(GroupsLeft) : "memory"));
 }
 
-// --- barriers
-// -------------------------------------------------------------------------------------
+// --- barriers ---
 
 // Barrier 1 to 15 (0 is __syncthreads) among `threads` of the block, whole warps.
 __device__ __forceinline__ void barrier_sync(int id, int threads) {
@@ -244,8 +242,7 @@ __device__ __forceinline__ void bulk_copy(void* shared, const void* global, int 
 #endif
 }
 
-// --- matrices
-// -------------------------------------------------------------------------------------
+// --- matrices ---
 
 // Loads N = 1, 2 or 4 matrices of 8 x 8 16-bit values. Lanes 8 m to 8 m + 7 give the addresses of
 // the rows of matrix m, 16 bytes each. A lane gets row g, columns 2 t and 2 t + 1 of each, or with
@@ -354,8 +351,7 @@ __device__ __forceinline__ void mma_m16n8k32(int32_t (&d)[4], const uint32_t (&a
 #endif
 }
 
-// --- arithmetic
-// -----------------------------------------------------------------------------------
+// --- arithmetic ---
 
 // 2^x to about 2 ulp; subnormal results become zero.
 __device__ __forceinline__ float exp2_approx(float x) {
@@ -392,8 +388,7 @@ __device__ __forceinline__ uint32_t lop3(uint32_t a, uint32_t b, uint32_t c) {
 #endif
 }
 
-// --- number formats
-// -------------------------------------------------------------------------------
+// --- number formats ---
 
 __device__ __forceinline__ float float_of(float x) { return x; }
 __device__ __forceinline__ float float_of(bf16 x) {
