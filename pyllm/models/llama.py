@@ -7,7 +7,7 @@ policy and no sampling.
 from torch import nn
 
 from pyllm.nn import Embedding, rotary_table
-from pyllm.ops import embedding, paged_attention, rope_cache, silu_mul
+from pyllm.ops import paged_attention, rope_cache, silu_mul
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
 
@@ -56,7 +56,7 @@ class Attention(nn.Module):
         self.q_norm = weights.rms_norm("q_norm", c.head_dim, c.norm_eps)
         self.k_norm = weights.rms_norm("k_norm", c.head_dim, c.norm_eps)
 
-    def forward(self, x, batch, cache, angles):
+    def forward(self, x, batch, cache, angles, last):
         c = self.config
         q, k, v = (part.unflatten(-1, (-1, c.head_dim)) for part in self.qkv(x))
         if self.q_norm is not None:
@@ -67,8 +67,11 @@ class Attention(nn.Module):
             cu_seqlens_q=batch.cu_seqlens, page_table=batch.page_table,
             interleaved=c.rope_interleaved, out=q,
         )  # fmt: skip
+        cu_seqlens = batch.cu_seqlens
+        if last:
+            q, cu_seqlens = batch.outputs(q.flatten(1)).unflatten(1, q.shape[1:]), batch.cu_outputs
         y = paged_attention(
-            q, k_cache, v_cache, cu_seqlens_q=batch.cu_seqlens, page_table=batch.page_table,
+            q, k_cache, v_cache, cu_seqlens_q=cu_seqlens, page_table=batch.page_table,
             context_lens=batch.context_lens, window=c.window,
         )  # fmt: skip
         return self.o(y.flatten(1))[0]
@@ -89,7 +92,10 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each on the normalized residual stream."""
+    """Attention and MLP, each on the normalized residual stream.
+
+    The last block needs the keys and values of all tokens, and the rest for those that are output.
+    """
 
     def __init__(self, config, weights):
         super().__init__()
@@ -98,12 +104,14 @@ class Block(nn.Module):
         self.norm2 = weights.rms_norm("norm2", config.hidden_size, config.norm_eps)
         self.mlp = MLP(config, weights)
 
-    def forward(self, x, residual, batch, cache, angles):
+    def forward(self, x, residual, batch, cache, angles, last):
         if residual is None:
             y, residual = self.norm1(x, quantize=self.attention.qkv.quantize), x
         else:
             y, residual = self.norm1(x, residual, quantize=self.attention.qkv.quantize)
-        y = self.attention(y, batch, cache, angles)
+        y = self.attention(y, batch, cache, angles, last)
+        if last:
+            residual = batch.outputs(residual)
         y, residual = self.norm2(y, residual, quantize=self.mlp.gate_up.quantize)
         return self.mlp(y), residual
 
@@ -131,9 +139,8 @@ class Llama(nn.Module):
     def forward(self, batch):
         x, residual = self.embed(batch.token_ids), None
         for block, cache in zip(self.blocks, batch.layers, strict=True):
-            x, residual = block(x, residual, batch, cache, self.angles)
-        if batch.output_rows is not None:
-            x, residual = embedding(batch.output_rows, x), embedding(batch.output_rows, residual)
+            last = block is self.blocks[-1]
+            x, residual = block(x, residual, batch, cache, self.angles, last)
         return self.norm(x, residual, quantize=self.head.quantize)[0]
 
     def logits(self, hidden):

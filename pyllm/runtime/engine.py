@@ -93,17 +93,16 @@ class Engine:
             for sequence, _ in work:
                 if sequence.started is None:
                     sequence.started = now
-            rows, sampled, begin = [], [], 0  # sampled: (sequence, index of the token) of each row
+            sampled, n_outputs = [], []  # sampled: (sequence, index of the token) of each row
             for sequence, tokens in work:
-                # From the last token that is certain on.
-                first = len(sequence.token_ids) - 1 - sequence.n_computed
-                rows += range(begin + first, begin + len(tokens))
+                # After the last token that is certain and after every guess.
                 end = sequence.n_computed + len(tokens) + 1
-                sampled += [(sequence, i) for i in range(len(sequence.token_ids), end)]
-                begin += len(tokens)
-            self.inputs.fill(work, rows)
+                after = range(len(sequence.token_ids), end)
+                sampled += [(sequence, i) for i in after]
+                n_outputs.append(len(after))
+            self.inputs.fill(work, n_outputs)
             self.sampler.fill(sampled)
-            self._take(work, *self._run(work, rows))
+            self._take(work, *self._run(work, len(sampled)))
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -116,7 +115,7 @@ class Engine:
                     done = sequence.n_computed
                     n = min(len(token_ids) - done, self.scheduler.max_tokens)
                     self.cache.extend(sequence.pages, done + n)
-                    self.inputs.fill([(sequence, token_ids[done : done + n])], [])
+                    self.inputs.fill([(sequence, token_ids[done : done + n])], [n])
                     batch = self.inputs.batch(1, n, n, self.cache.layers)
                     with alloc.use(self._arena), registry.use(self.backend):
                         out[done : done + n] = self.model.logits(self.model(batch))
@@ -132,10 +131,10 @@ class Engine:
             seconds = [ns / repeats / 1e9 for ns in plan.profile(repeats)]
             return list(zip(plan.names(), seconds, strict=True))
 
-    def _run(self, work, rows):
-        """Runs a step whose inputs are filled; logits, tokens and log-probabilities of `rows`."""
+    def _run(self, work, n_rows):
+        """Runs a step whose inputs are filled: logits, tokens and log-probabilities of the rows."""
         n_tokens = sum(len(tokens) for _, tokens in work)
-        size = (len(work), n_tokens, len(rows))
+        size = (len(work), n_tokens, n_rows)
         if not self.replay:
             with alloc.use(self._arena):
                 return self._forward(*size)
@@ -210,23 +209,29 @@ class _Inputs:
             "cu_seqlens": torch.zeros(max_batch + 1, dtype=torch.int32),
             "context_lens": torch.zeros(max_batch, dtype=torch.int32),
             "output_rows": torch.zeros(max_rows, dtype=torch.int32),
+            "cu_outputs": torch.zeros(max_batch + 1, dtype=torch.int32),
             "page_table": torch.zeros(max_batch, max_pages, dtype=torch.int32),
         }
         self._arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
         # Which pages each row of page_table holds. A sequence's list of pages only grows.
         self._held = [([], 0)] * max_batch
 
-    def fill(self, work, rows):
+    def fill(self, work, n_outputs):
+        """`n_outputs`: of how many of each sequence's last tokens the hidden states are wanted."""
         a = self._arrays
-        a["output_rows"][: len(rows)] = rows
-        at = 0
-        for b, (sequence, tokens) in enumerate(work):
+        some = sum(n_outputs) < sum(len(tokens) for _, tokens in work)  # else output_rows is unread
+        at = row = 0
+        for b, ((sequence, tokens), outputs) in enumerate(zip(work, n_outputs, strict=True)):
             n = len(tokens)
             begin, end = sequence.n_computed, sequence.n_computed + n
             a["token_ids"][at : at + n] = tokens
             a["positions"][at : at + n] = range(begin, end) if n > 1 else begin
             at += n
             a["cu_seqlens"][b + 1] = at
+            if some:
+                a["output_rows"][row : row + outputs] = range(at - outputs, at)
+            row += outputs
+            a["cu_outputs"][b + 1] = row
             a["context_lens"][b] = end
             pages, known = self._held[b]
             if pages is not sequence.pages or known != len(pages):
@@ -242,6 +247,7 @@ class _Inputs:
             context_lens=t["context_lens"][:n_sequences],
             page_table=t["page_table"][:n_sequences],
             layers=layers,
+            cu_outputs=t["cu_outputs"][: n_sequences + 1],
             output_rows=t["output_rows"][:n_rows] if n_rows < n_tokens else None,
         )
 
