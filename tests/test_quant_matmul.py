@@ -8,9 +8,10 @@ from compare import assert_close, poisoned
 
 from pyllm import _C
 from pyllm.ops import device, pack_fragments, quant_matmul, quantize_activation
-from pyllm.quant import QuantActivation, QuantFragments, QuantTensor
+from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
 
 FORMATS = list(itertools.product((4, 8), (32, 16), (False, True)))
+LARGE_GROUPS = list(itertools.product((4, 8), (64, 128, None), (False, True)))
 # (T, N, K): size one, empty, N that is no multiple of a panel, a model's, many panels and groups.
 SHAPES = [(1, 1, 32), (0, 16, 32), (3, 17, 64), (1, 576, 576), (25, 40, 1536), (40, 100, 96)]
 
@@ -48,6 +49,18 @@ def test_is_the_int8_computation(shape, bits, group_size, symmetric):
     assert reference.dtype == torch.float64
     if t:
         assert_close(y, reference, exact.float())
+
+
+@pytest.mark.parametrize(("bits", "group_size", "symmetric"), LARGE_GROUPS)
+def test_large_groups_are_groups_of_32_of_one_scale(bits, group_size, symmetric):
+    x, weight = rand(5, 256), quantized(40, 256, bits, group_size, symmetric)
+    times = weight.group_size // 32
+    q, *parts = weight.parts()
+    parts = (part if part is None else part.repeat_interleave(times, 1) for part in parts)
+    small = QuantTensor.from_parts(q, *parts, bits=bits)
+    y = quant_matmul(x, weight, backend="cpu")
+    assert torch.equal(y, quant_matmul(x, small, backend="cpu"))
+    assert torch.equal(y, quant_matmul(quantize_activation(x, 32), weight, backend="cpu"))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
@@ -180,6 +193,14 @@ def test_bad_arguments():
         (lambda: quantize_activation(torch.ones(2, 40)), "multiple of the group size 32"),
         (lambda: quantize_activation(x, 8), "group_size 16 or 32, got .* and 8"),
         (
+            lambda: quant_matmul(QuantRows.from_float(x, torch.int8), weight),
+            "for QuantRows expected 8 bits, symmetric, with one group a row; got QuantTensor",
+        ),
+        (
+            lambda: quant_matmul(*[QuantRows.from_float(x, torch.int8)] * 2),
+            "backend 'cpu' takes no QuantRows; 'reference' does",
+        ),
+        (
             lambda: _C.quantize_matmul(
                 x, torch.empty(2, 64).byte(), weight.packed[1:], 20, 64, 4, 32, True, None, x
             ),
@@ -189,8 +210,13 @@ def test_bad_arguments():
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
-    with pytest.raises(TypeError, match="expected a QuantTensor, got Tensor"):
-        quant_matmul(x, x)
+    for a, b, message in (
+        (x, x, "expected a QuantTensor, got Tensor"),
+        (x, QuantRows.from_float(x, torch.int8), "expected a QuantTensor, got QuantRows"),
+        (QuantRows.from_float(x, torch.int8), x, "expected QuantRows or a QuantTensor, got Tensor"),
+    ):
+        with pytest.raises(TypeError, match=message):
+            quant_matmul(a, b)
 
 
 # --- fragments, and the CUDA kernel on the emulator
@@ -343,7 +369,7 @@ def test_device_bad_arguments():
         ({"bias": torch.ones(7)}, r"bias: expected float32\[N\], got float32\[7\]"),
         ({"out": torch.ones(2, 21).half()}, r"out: expected \[T, 20\]"),
         ({"out": torch.ones(2, 20)}, "out: expected float16"),
-        ({"x": quantize_activation(x)}, "takes no quantized activations"),
+        ({"x": quantize_activation(x)}, "takes no QuantActivation"),
         ({"bias": torch.ones(20, device="meta")}, "bias: expected it on cpu, got meta"),
         (
             {"weight": replace(pack_fragments(weight), shape=(64, 64))},

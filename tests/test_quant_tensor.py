@@ -23,7 +23,7 @@ HALVES = {
     "Q5_K": [0, 2],
     "Q6_K": [208],
 }
-FORMATS = list(itertools.product((4, 8), (16, 32), (False, True)))
+FORMATS = list(itertools.product((4, 8), (16, 32, 64, 128, None), (False, True)))
 
 
 def random_blocks(name, rows, blocks, seed):
@@ -91,12 +91,18 @@ def test_rows_of_several_tensors_in_one():
 
 
 @pytest.mark.parametrize(("bits", "group", "symmetric"), FORMATS)
-@pytest.mark.parametrize("shape", [(1, 32), (16, 64), (37, 160)], ids=str)
-def test_from_float_rounds_to_the_nearest_quant(bits, group, symmetric, shape):
-    w = rand(*shape)
+@pytest.mark.parametrize(("n", "groups"), [(1, 1), (16, 2), (37, 5)])
+def test_from_float_rounds_to_the_nearest_quant(bits, group, symmetric, n, groups):
+    w = rand(n, groups * max(group or 32, 32))
     weight = QuantTensor.from_float(w, bits=bits, group_size=group, symmetric=bool(symmetric))
+    group = group or w.shape[1]
     assert (weight.bits, weight.group_size, weight.has_minimum) == (bits, group, not symmetric)
-    _, d, m = weight.parts()
+    q, d, m = weight.parts()
+    assert q.shape == w.shape
+    assert d.shape == (n, w.shape[1] // group)
+    again = QuantTensor.from_parts(q, d, m, bits=bits)
+    assert repr(again) == repr(weight)
+    assert torch.equal(again.packed, weight.packed)
     step = d.float().abs().repeat_interleave(group, 1)
     error = (weight.dequantize() - w).abs()
     # Half a step. At the ends of the range, also what rounding the scale to float16 cut off; and a
@@ -105,6 +111,27 @@ def test_from_float_rounds_to_the_nearest_quant(bits, group, symmetric, shape):
     half = m.float().abs().repeat_interleave(group, 1) if m is not None else 0
     allowed = 0.5 * step + 2**-11 * (top * step + half) + (0.5 * step if symmetric else 0) + 1e-6
     assert (error <= allowed).all()
+
+
+@pytest.mark.parametrize("k", [16, 48, 64, 320])
+def test_one_group_a_row(k):
+    """As groups of 16 that all have the row's scale; and as rows of int8."""
+    weight = QuantTensor.from_float(rand(20, k), bits=8, group_size=None, symmetric=True)
+    q, d, _ = weight.parts()
+    assert d.shape == (20, 1)
+    small = QuantTensor.from_parts(q, d.repeat(1, k // 16), bits=8)
+    assert torch.equal(small.dequantize(), weight.dequantize())
+    rows = weight.rows()
+    assert rows.q.dtype == torch.int8
+    assert torch.equal(rows.dequantize(), weight.dequantize())
+
+
+def test_only_symmetric_weights_with_a_group_a_row_have_rows():
+    w = rand(4, 64)
+    for options in ({"bits": 4}, {"symmetric": False}, {"group_size": 32}):
+        format = {"bits": 8, "symmetric": True, "group_size": None, **options}
+        with pytest.raises(ValueError, match="expected 8 bits, symmetric, with one group a row"):
+            QuantTensor.from_float(w, **format).rows()
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -166,8 +193,10 @@ def test_populating_memory_keeps_what_is_written_to_it_meanwhile():
 
 
 def test_repr():
-    weight = QuantTensor.from_float(rand(3, 32))
-    assert repr(weight) == "QuantTensor([3, 32], 4 bits, groups of 32, minimum)"
+    weight = QuantTensor.from_float(rand(3, 64))
+    assert repr(weight) == "QuantTensor([3, 64], 4 bits, groups of 32, minimum)"
+    weight = QuantTensor.from_float(rand(3, 64), bits=8, group_size=None, symmetric=True)
+    assert repr(weight) == "QuantTensor([3, 64], 8 bits, one group a row)"
 
 
 @pytest.mark.parametrize(
@@ -179,7 +208,15 @@ def test_repr():
             r"expected a float tensor \[N, K\], got float32\[4\]",
         ),
         (lambda: QuantTensor.from_float(rand(4, 32), bits=3), "expected bits 4 or 8, got 3"),
-        (lambda: QuantTensor.from_float(rand(4, 64), group_size=64), "group_size 16 or 32, got 64"),
+        (lambda: QuantTensor.from_float(rand(4, 96), group_size=48), "or one of .* got 48"),
+        (lambda: QuantTensor.from_float(rand(4, 96), group_size=64), "multiple of 64, got K = 96"),
+        (lambda: QuantTensor.from_float(rand(4, 40), group_size=None), "of 16, got K = 40"),
+        (
+            lambda: QuantTensor.from_parts(
+                torch.zeros(4, 96).byte(), torch.ones(4, 2).half(), bits=4
+            ),
+            r"expected scale \[4, 96 / group size\].* got float16\[4, 2\]",
+        ),
         (
             lambda: QuantTensor.from_float(torch.full((1, 32), float("nan"))),
             "expected finite weights",

@@ -24,7 +24,7 @@ class FusedLinear(nn.Module):
         self.weights = list(weights)
         self.biases = list(biases or [None] * len(self.weights))
         self.splits = splits or [[w.shape[0]] for w in self.weights]
-        groups = {getattr(w, "group_size", None) for w in self.weights}
+        groups = {getattr(w, "packed_group_size", None) for w in self.weights}
         # The groups that the op before may quantize its result in for all of these: see `rms_norm`.
         self.quantize = groups.pop() if len(groups) == 1 else None
 

@@ -9,7 +9,7 @@ from pyllm.ops import device
 from pyllm.ops.alloc import empty, empty_quantized
 from pyllm.ops.matmul import as_rows
 from pyllm.ops.registry import Op
-from pyllm.quant import QuantActivation, QuantFragments, QuantTensor
+from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
 
 _OP = Op("quant_matmul")
 _QUANTIZE = Op("quantize_activation")
@@ -20,29 +20,48 @@ _MAX_TILES = 1 << 16  # of 128 rows
 def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     """``x @ dequantize(weight)ᵀ + bias``.
 
-    The CPU kernel rounds each row of `x` to int8 in the weight's groups (`quantize_activation`)
-    unless it comes quantized already, which several matmuls of one input can share. The CUDA kernel
-    rounds nothing but its result. A row's result does not depend on the other rows.
+    The CPU kernel rounds each row of `x` to int8 in groups of the weight's `packed_group_size`
+    (`quantize_activation`) unless it comes quantized already, which several matmuls of one input
+    can share. The CUDA kernel rounds nothing but its result. A row's result does not depend on the
+    other rows.
+
+    Where `x` is `QuantRows`, as `rms_norm` and `layer_norm` can return it, both are multiplied as
+    they are, int8 by int8 or float8 by float8, and the sums are scaled once (W8A8).
 
     Args:
-        x: ``[..., K]`` float32 (not CUDA), bfloat16 or float16, or a `QuantActivation` ``[T, K]``
-            of the weight's group size (CPU).
-        weight: `QuantTensor` ``[N, K]``, or for CUDA also `QuantFragments`. A QuantTensor is packed
-            to fragments when CUDA first uses it, and keeps these.
+        x: ``[..., K]`` float32 (not CUDA), bfloat16 or float16, a `QuantActivation` ``[T, K]`` in
+            the groups that the weight is packed in (CPU), or `QuantRows` ``[..., K]`` (not CPU).
+        weight: `QuantTensor` ``[N, K]``, or for CUDA also `QuantFragments`; with QuantRows these
+            too, of x's dtype, or a QuantTensor that has `rows()`. A QuantTensor is repacked when
+            a device first uses it, and keeps that form.
         bias: float32 ``[N]``.
-        out: where to write the result, ``[..., N]``; with a QuantActivation any float dtype.
+        out: where to write the result, ``[..., N]``; where `x` is quantized any float dtype.
 
     Returns:
-        ``[..., N]`` of x's dtype, float32 for a QuantActivation.
+        ``[..., N]`` of x's dtype, float32 where `x` is quantized.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together.
+        ValueError: for shapes, dtypes or formats that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    if not isinstance(weight, QuantTensor | QuantFragments):
-        raise TypeError(f"quant_matmul: expected a QuantTensor, got {type(weight).__name__}")
-    tensor = x.data if isinstance(x, QuantActivation) else x
+    rows = isinstance(x, QuantRows)
+    if rows and isinstance(weight, QuantTensor):
+        weight = _rows_of(weight)
+    if not isinstance(weight, QuantRows if rows else QuantTensor | QuantFragments):
+        expected = "QuantRows or a QuantTensor" if rows else "a QuantTensor"
+        raise TypeError(f"quant_matmul: weight: expected {expected}, got {type(weight).__name__}")
+    tensor = x.q if rows else x.data if isinstance(x, QuantActivation) else x
     return _OP.implementation(tensor, backend)(x, weight, bias, out)
+
+
+def _rows_of(weight):
+    """The `QuantRows` of a QuantTensor, kept from first use on."""
+    if "rows" not in weight.forms:
+        try:
+            weight.forms["rows"] = weight.rows()
+        except ValueError as error:
+            raise ValueError(f"quant_matmul: weight: for QuantRows {error}") from None
+    return weight.forms["rows"]
 
 
 def quantize_activation(x, group_size=32, *, backend=None) -> QuantActivation:
@@ -82,6 +101,12 @@ def pack_fragments(weight: QuantTensor, *, backend=None) -> QuantFragments:
 
 @_OP.register("reference")
 def _reference(x, weight, bias, out):
+    if isinstance(x, QuantRows):
+        y = x.q.double() @ weight.q.double().t()  # exact
+        y = y * x.scale.double().unsqueeze(-1) * weight.scale.double()
+        if bias is not None:
+            y = y + bias.double()
+        return y.float() if out is None else out.copy_(y)
     weight = weight.panels() if isinstance(weight, QuantFragments) else weight
     x = x.dequantize() if isinstance(x, QuantActivation) else x
     wide = torch.promote_types(x.dtype, torch.float32)
@@ -93,14 +118,16 @@ def _reference(x, weight, bias, out):
 
 @_OP.register("cpu")
 def _cpu(x, weight, bias, out):
+    if isinstance(x, QuantRows):
+        raise ValueError("quant_matmul: backend 'cpu' takes no QuantRows; 'reference' does")
     if isinstance(weight, QuantFragments):
         raise ValueError(f"quant_matmul: expected a QuantTensor, got {weight}: call its panels()")
     n = weight.shape[0]
     if isinstance(x, QuantActivation):
-        if x.group_size != weight.group_size or x.k != weight.shape[1]:
+        if x.group_size != weight.packed_group_size or x.k != weight.shape[1]:
             raise ValueError(
                 f"quant_matmul: x: expected [T, {weight.shape[1]}] in groups of "
-                f"{weight.group_size}, got [T, {x.k}] in groups of {x.group_size}"
+                f"{weight.packed_group_size}, got [T, {x.k}] in groups of {x.group_size}"
             )
         if out is None:
             out = empty((x.data.shape[0], n), torch.float32)
@@ -110,15 +137,16 @@ def _cpu(x, weight, bias, out):
         out = empty((*x.shape[:-1], n), x.dtype)
     # While capturing, what is between the two launches belongs to the plan like any output.
     rows = as_rows(x)
-    q = empty_quantized(rows, weight.group_size).data
+    q = empty_quantized(rows, weight.packed_group_size).data
     _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, as_rows(out))
     return out
 
 
 def _device(backend):
     def run(x, weight, bias, out):
-        if isinstance(x, QuantActivation):
-            raise ValueError(f"quant_matmul: backend {backend!r} takes no quantized activations")
+        if isinstance(x, QuantActivation | QuantRows):
+            kind = type(x).__name__
+            raise ValueError(f"quant_matmul: backend {backend!r} takes no {kind}")
         device.check_same("quant_matmul", x, weight=weight, bias=bias, out=out)
         if isinstance(weight, QuantTensor):
             if backend not in weight.forms:

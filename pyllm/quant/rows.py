@@ -1,4 +1,4 @@
-"""Activations with one scale a row, what int8 and fp8 matrix units multiply."""
+"""Activations and weights with one scale a row, what int8 and fp8 matrix units multiply."""
 
 from dataclasses import dataclass
 from typing import ClassVar
@@ -8,7 +8,7 @@ import torch
 
 @dataclass
 class QuantRows:
-    """``[..., D]`` activations of about ``scale * q``.
+    """``[..., D]`` activations, or a weight ``[N, K]``, of about ``scale * q``.
 
     Attributes:
         q: int8 or float8_e4m3fn ``[..., D]``.
@@ -35,6 +35,14 @@ class QuantRows:
         return QuantRows(
             (scaled.round() if dtype == torch.int8 else scaled).to(dtype), scale[..., 0]
         )
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.q.shape
+
+    @property
+    def device(self) -> torch.device:
+        return self.q.device
 
     def dequantize(self) -> torch.Tensor:
         """float32 ``[..., D]``."""

@@ -6,8 +6,10 @@ import torch
 
 from pyllm import _C, memory
 from pyllm.quant import packing
+from pyllm.quant.rows import QuantRows
 
 _ROUNDED_ROWS = 4096  # at a time; a multiple of packing.PANEL_ROWS
+_GROUP_SIZES = (16, 32, 64, 128)  # and a multiple of 16 that is K
 
 
 @dataclass(frozen=True, repr=False)
@@ -18,11 +20,14 @@ class QuantTensor:
     `group_size` consecutive k. Without a minimum ``m`` is 0 and ``offset`` is half the range of q
     (8 or 128); with one, ``offset`` is 0.
 
+    What is packed has groups of at most 32, which is what the CPU multiplies at once; larger groups
+    repeat their scale and minimum there. Other forms (`QuantFragments`, `QuantRows`) do not.
+
     Attributes:
         packed: uint8, one-dimensional; the layout is in ``csrc/core/quant_matrix.h``.
         shape: ``(N, K)``.
         bits: 4 or 8.
-        group_size: 16 or 32; divides K.
+        group_size: 16, 32, 64 or 128, a divisor of K; or K, a multiple of 16: one group a row.
         has_minimum: whether ``m`` is stored.
         forms: the same weight packed for other backends, by their names, kept from first use on.
     """
@@ -36,7 +41,10 @@ class QuantTensor:
 
     @staticmethod
     def from_parts(q, scale, minimum=None, *, bits) -> "QuantTensor":
-        """From quants ``uint8 [N, K]`` below 2^bits, scale and minimum ``float16 [N, G]``."""
+        """From quants ``uint8 [N, K]`` below 2^bits, scale and minimum ``float16 [N, G]``.
+
+        The group size is K / G; see `QuantTensor` for what it may be.
+        """
         if bits not in (4, 8):
             raise ValueError(f"QuantTensor: expected bits 4 or 8, got {bits}")
         if q.dtype != torch.uint8 or q.ndim != 2 or 0 in q.shape:
@@ -49,15 +57,18 @@ class QuantTensor:
                 raise ValueError(
                     f"QuantTensor: expected {name} float16[N, G], got {_describe(part)}"
                 )
-        if scale.shape[0] != n or k not in (scale.shape[1] * 16, scale.shape[1] * 32):
+        group_size = k // max(scale.shape[1], 1)
+        if scale.shape != (n, k // max(group_size, 1)) or not _is_group_size(group_size, k):
+            sizes = ", ".join(map(str, _GROUP_SIZES))
             raise ValueError(
-                f"QuantTensor: expected scale [{n}, {k} / 16 or 32], got {_describe(scale)}"
+                f"QuantTensor: expected scale [{n}, {k} / group size], with groups of {sizes} or "
+                f"K = {k} if that is a multiple of 16; got {_describe(scale)}"
             )
         if bits == 4 and q.max() > 15:
             raise ValueError(f"QuantTensor: expected 4-bit quants below 16, got {q.max().item()}")
-        blocks = packing.pack(q, scale, minimum, bits)
+        blocks = _pack(q, scale, minimum, bits)
         packed = memory.allocate(blocks.numel()).copy_(blocks)
-        return QuantTensor(packed, (n, k), bits, k // scale.shape[1], minimum is not None)
+        return QuantTensor(packed, (n, k), bits, group_size, minimum is not None)
 
     @staticmethod
     def from_float(w, *, bits=4, group_size=32, symmetric=False, refits=0) -> "QuantTensor":
@@ -70,6 +81,7 @@ class QuantTensor:
         Args:
             w: a float tensor, or a `QuantTensor` to round further. Only some rows at a time are
                 turned into float32.
+            group_size: see `QuantTensor`; None: one group a row.
             refits: how often scale and minimum are then fitted to the quants by least squares, and
                 the values rounded anew; a group keeps what is closest. Twice leaves 6 % less error
                 in an output head of 4 bits, and half of what rounding adds to its perplexity.
@@ -78,8 +90,6 @@ class QuantTensor:
             ValueError: if `w` has other than two dimensions or values that are not finite (also
                 after scaling to float16), or `group_size` does not divide K.
         """
-        if group_size not in (16, 32):
-            raise ValueError(f"QuantTensor: expected group_size 16 or 32, got {group_size}")
         if bits not in (4, 8):
             raise ValueError(f"QuantTensor: expected bits 4 or 8, got {bits}")
         if refits and symmetric:
@@ -89,15 +99,21 @@ class QuantTensor:
         ):
             raise ValueError(f"QuantTensor: expected a float tensor [N, K], got {_describe(w)}")
         n, k = w.shape
-        if k % group_size:
+        group_size = k if group_size is None else group_size
+        if group_size != k and group_size not in _GROUP_SIZES:
             raise ValueError(
-                f"QuantTensor: expected K to be a multiple of {group_size}, got K = {k}"
+                "QuantTensor: expected group_size None (a group a row) or one of "
+                f"{_GROUP_SIZES}, got {group_size}"
             )
-        packed = memory.allocate(packing.packed_bytes(n, k, bits, group_size, not symmetric))
+        if not _is_group_size(group_size, k):
+            multiple = 16 if group_size == k else group_size
+            raise ValueError(f"QuantTensor: expected K to be a multiple of {multiple}, got K = {k}")
+        packed_group = _packed_group_size(group_size)
+        packed = memory.allocate(packing.packed_bytes(n, k, bits, packed_group, not symmetric))
         at = 0
         for begin in range(0, n, _ROUNDED_ROWS):
             rows = _float_rows(w, begin, min(begin + _ROUNDED_ROWS, n))
-            blocks = packing.pack(*_round(rows, bits, group_size, symmetric, refits), bits)
+            blocks = _pack(*_round(rows, bits, group_size, symmetric, refits), bits)
             packed[at : at + blocks.numel()] = blocks
             at += blocks.numel()
         return QuantTensor(packed, (n, k), bits, group_size, not symmetric)
@@ -153,11 +169,27 @@ class QuantTensor:
     def device(self) -> torch.device:
         return self.packed.device
 
+    @property
+    def packed_group_size(self) -> int:
+        """16 or 32: the groups of `packed`, and those in which the CPU rounds activations."""
+        return _packed_group_size(self.group_size)
+
     def parts(self):
         """``(q uint8 [N, K], scale float16 [N, G], minimum float16 [N, G] or None)``."""
-        return packing.unpack(
-            self.packed, *self.shape, self.bits, self.group_size, self.has_minimum
-        )
+        q, *parts = packing.unpack(*self.kernel_arguments())
+        step = self.group_size // self.packed_group_size
+        return q, *(part if part is None else part[:, ::step] for part in parts)
+
+    def rows(self) -> QuantRows:
+        """The same weight as int8 with a float32 scale a row: what is multiplied by `QuantRows`.
+
+        Raises:
+            ValueError: unless it has 8 bits, no minimum and one group a row.
+        """
+        if self.bits != 8 or self.has_minimum or self.group_size != self.shape[1]:
+            raise ValueError(f"expected 8 bits, symmetric, with one group a row; got {self}")
+        q, scale, _ = self.parts()
+        return QuantRows((q ^ 128).view(torch.int8), scale[:, 0].float())
 
     def dequantize(self) -> torch.Tensor:
         """The weight as float32 ``[N, K]``."""
@@ -169,13 +201,34 @@ class QuantTensor:
         return w.flatten(1)
 
     def kernel_arguments(self):
-        """What bindings take: ``(packed, N, K, bits, group_size, has_minimum)``."""
-        return self.packed, *self.shape, self.bits, self.group_size, self.has_minimum
+        """What bindings take: ``(packed, N, K, bits, packed_group_size, has_minimum)``."""
+        return self.packed, *self.shape, self.bits, self.packed_group_size, self.has_minimum
 
     def __repr__(self):
         minimum = ", minimum" if self.has_minimum else ""
         n, k = self.shape
-        return f"QuantTensor([{n}, {k}], {self.bits} bits, groups of {self.group_size}{minimum})"
+        groups = "one group a row" if self.group_size == k else f"groups of {self.group_size}"
+        return f"QuantTensor([{n}, {k}], {self.bits} bits, {groups}{minimum})"
+
+
+def _is_group_size(group_size, k) -> bool:
+    if group_size == k:
+        return k % 16 == 0
+    return group_size in _GROUP_SIZES and k % group_size == 0
+
+
+def _packed_group_size(group_size) -> int:
+    return 16 if group_size % 32 else 32
+
+
+def _pack(q, scale, minimum, bits):
+    """`packing.pack`, for which larger groups repeat their scale and minimum."""
+    group_size = q.shape[1] // scale.shape[1]
+    times = group_size // _packed_group_size(group_size)
+    parts = (
+        part if part is None else part.repeat_interleave(times, 1) for part in (scale, minimum)
+    )
+    return packing.pack(q, *parts, bits)
 
 
 def _float_rows(w, begin, end):
