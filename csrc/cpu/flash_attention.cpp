@@ -182,19 +182,22 @@ struct Tile {
     return reduce_max(top);
   }
 
-  // Turns scores into weights, and returns their sum.
-  static float weigh(float base, int64_t vectors, float* x) {
-    f32x16 sum = zero();
-    for (int64_t v = 0; v < vectors; ++v) {
+  // Turns scores into weights, and returns their sums, lane by lane.
+  static f32x16 weigh(float base, int64_t vectors, float* x) {
+    f32x16 sum[2] = {zero(), zero()};
+    const auto one = [&](int64_t v) {
       const f32x16 p = exp2(load(x + v * kLanes) - splat(base));
       store(x + v * kLanes, p);
-      sum = sum + p;
-    }
-    return reduce_add(sum);
+      sum[v % 2] = sum[v % 2] + p;
+    };
+    int64_t v = 0;
+    for (; v + 4 <= vectors; v += 4) one(v), one(v + 1), one(v + 2), one(v + 3);
+    for (; v < vectors; ++v) one(v);
+    return sum[0] + sum[1];
   }
 
   // Adds a block to the softmax of rows r to r + n.
-  void attend_rows(int64_t r, int64_t n, int64_t block) {
+  void attend_rows(Softmax& softmax, int64_t r, int64_t n, int64_t block) {
     Range any{block + kBlockKeys, block}, all{block, block + kBlockKeys};
     for (int64_t i = r; i < r + n; ++i) {
       const Range see = w.visible[i];
@@ -214,21 +217,20 @@ struct Tile {
       score(KeyGroups<float>{k_copies, kBlockKeys, nullptr});
 
     alignas(64) float fade[kLanes] = {};
-    float base[kTileRows], sums[kTileRows];
+    float base[kTileRows];
+    f32x16 sums[kTileRows];
     for (int64_t i = 0; i < n; ++i) {  // a loop for each: what a row waits for, others can use
       const float top = finish_scores(r + i, block, vectors, w.weights + i * kBlockKeys);
-      float& maximum = w.split.maximum[r + i];
-      fade[i] = maximum;
-      if (top > maximum) maximum = top;
+      const float before = softmax.maximum[r + i], maximum = top > before ? top : before;
+      softmax.maximum[r + i] = maximum;
       base[i] = base_of(maximum);
-      fade[i] -= base[i];
+      fade[i] = before - base[i];
     }
     for (int64_t i = 0; i < n; ++i) sums[i] = weigh(base[i], vectors, w.weights + i * kBlockKeys);
     store(fade, exp2(load(fade)));
     for (int64_t i = 0; i < n; ++i) {
-      w.split.sum[r + i] = w.split.sum[r + i] * fade[i] + sums[i];
-      if (fade[i] == 1.0f) continue;
-      float* values = w.split.values + (r + i) * width;
+      softmax.sum[r + i] = softmax.sum[r + i] * fade[i] + reduce_add(sums[i]);
+      float* values = softmax.values + (r + i) * width;
       for (int64_t c = 0; c < width; c += kLanes)
         store(values + c, load(values + c) * splat(fade[i]));
     }
@@ -236,16 +238,18 @@ struct Tile {
     if (all.begin >= all.end) all = {any.end, any.end};
     for (int64_t i = 0; i < n; ++i) {
       const Range see = w.visible[r + i];
-      add_values(r + i, 1, i, block, {see.begin, smaller(all.begin, see.end)});
+      add_values(softmax, r + i, 1, i, block, {see.begin, smaller(all.begin, see.end)});
     }
-    add_values(r, n, 0, block, all);
-    for (int64_t i = 0; i < n; ++i) add_values(r + i, 1, i, block, {all.end, w.visible[r + i].end});
+    add_values(softmax, r, n, 0, block, all);
+    for (int64_t i = 0; i < n; ++i)
+      add_values(softmax, r + i, 1, i, block, {all.end, w.visible[r + i].end});
   }
-  void add_values(int64_t r, int64_t n, int64_t weights_row, int64_t block, Range keys) {
+  void add_values(Softmax& softmax, int64_t r, int64_t n, int64_t weights_row, int64_t block,
+                  Range keys) {
     const int64_t begin = larger(keys.begin - block, 0);
     const int64_t end = smaller(keys.end - block, kBlockKeys);
     const float* weights = w.weights + weights_row * kBlockKeys;
-    float* out = w.split.values + r * width;
+    float* out = softmax.values + r * width;
     const T* const* next = k_rows + (block + kBlockKeys) % kFound;
     if (values_in_place)
       value_rows(weights, ValueRows<T>{v_rows + block % kFound, more ? next : nullptr}, begin, end,
@@ -254,9 +258,9 @@ struct Tile {
       value_rows(weights, ValueRows<float>{v_copies, nullptr}, begin, end, width, out, width, n);
   }
 
-  // The softmax over one split, in w.split.
-  void attend_split(int64_t split, Range seen) {
-    w.split.reset(rows, width);
+  // The softmax over one split.
+  void attend_split(Softmax& softmax, int64_t split, Range seen) {
+    softmax.reset(rows, width);
     const int64_t begin = larger(seen.begin, split * kSplitKeys);
     const int64_t end = smaller(seen.end, (split + 1) * kSplitKeys);
     const auto keys_of = [&](int64_t block) {
@@ -269,7 +273,7 @@ struct Tile {
       if (more) find_rows(keys_of(block + kBlockKeys));
       load_block(block, keys_of(block));
       for (int64_t r = 0; r < rows; r += kTileRows)
-        attend_rows(r, smaller(rows - r, kTileRows), block);
+        attend_rows(softmax, r, smaller(rows - r, kTileRows), block);
     }
   }
 
@@ -284,7 +288,7 @@ struct Tile {
     for (int64_t j = 0; j < kBlockKeys; ++j) v_copies[j] = w.values + j * width;
     load_queries();
     if (shared_split >= 0) {
-      attend_split(shared_split, seen);
+      attend_split(w.split, shared_split, seen);
       for (int64_t r = 0; r < rows; ++r) {
         float* to = a.partial(s, query(r), head(r), shared_split);
         for (int64_t i = 0; i < width; i += kLanes)
@@ -294,9 +298,10 @@ struct Tile {
       }
       return;
     }
-    w.total.reset(rows, width);
-    for (int64_t split = seen.begin / kSplitKeys; split * kSplitKeys < seen.end; ++split) {
-      attend_split(split, seen);
+    int64_t split = seen.begin / kSplitKeys;
+    attend_split(w.total, split++, seen);
+    for (; split * kSplitKeys < seen.end; ++split) {
+      attend_split(w.split, split, seen);
       for (int64_t r = 0; r < rows; ++r)
         merge(w.total.maximum[r], w.total.sum[r], w.total.values + r * width, w.split.maximum[r],
               w.split.sum[r], w.split.values + r * width, width);

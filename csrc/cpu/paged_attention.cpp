@@ -14,9 +14,11 @@ void attention_combine(const AttentionCombineArgs& args, int64_t chunk) {
   const Range splits = a.splits(s);
   for (int64_t row = 0; row < s.q_len * a.group(); ++row) {
     const int64_t i = row / a.group(), head = chunk % kv_heads * a.group() + row % a.group();
-    alignas(64) float values[kMaxHeadDim] = {};
-    float maximum = -kInf, sum = 0;
-    for (int64_t split = splits.begin; split < splits.end; ++split) {
+    const float* first = a.partial(s, i, head, splits.begin);
+    alignas(64) float values[kMaxHeadDim];
+    for (int64_t c = 0; c < width; c += kLanes) store(values + c, load(first + c));
+    float maximum = first[width], sum = first[width + 1];
+    for (int64_t split = splits.begin + 1; split < splits.end; ++split) {
       const float* partial = a.partial(s, i, head, split);
       merge(maximum, sum, values, partial[width], partial[width + 1], partial, width);
     }
