@@ -201,19 +201,19 @@ def _rewrite(page, lines):
     return page
 
 
-# Written by `pytest -m gpu --record-gpu FILE`: by GPU its commit, date, and by op how many tests
-# passed and failed.
+# Written by `pytest -m gpu --record-gpu FILE`: by GPU its commit, date, and by op (for Triton
+# with "triton" before it) how many tests passed and failed.
 GPU_TESTS = "gpu_tests.json"
 
 
-def _on_gpus(op, gpus):
+def _on_gpus(op, gpus, otherwise):
     runs = [
         f"{passed} tests passed, {failed} failed on {gpu} at {run['commit']}, {run['date'][:10]}"
         for gpu, run in gpus.items()
         for passed, failed in [run["ops"].get(op, (0, 0))]
         if passed + failed
     ]
-    return "; ".join(runs) or "never run, emulator only"
+    return "; ".join(runs) or f"never run, {otherwise} only"
 
 
 def _kernels(root, devices):
@@ -230,8 +230,10 @@ def _kernels(root, devices):
         (
             name,
             *("timed" if name in timed[d] else "not timed" for d in timed),
-            _on_gpus(name, gpus) if "cuda" in op.backends else "no kernel",
-            "never run" if "triton" in op.backends else "no kernel",
+            _on_gpus(name, gpus, "emulator") if "cuda" in op.backends else "no kernel",
+            _on_gpus(f"triton {name}", gpus, "interpreter")
+            if "triton" in op.backends
+            else "no kernel",
         )
         for name, op in OPS.items()
         if "cpu" in op.backends or "cuda" in op.backends

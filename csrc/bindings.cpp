@@ -2,6 +2,7 @@
 
 namespace pyllm {
 void register_runtime(pybind11::module_& m);
+void register_check(pybind11::module_& m);
 void register_length_prefixed(pybind11::module_& m);
 void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
@@ -21,6 +22,7 @@ void register_device_library(pybind11::module_& m);
 PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyllm: CPU kernels, the thread pool and the plan.";
   pyllm::register_runtime(m);
+  pyllm::register_check(m);
   pyllm::register_length_prefixed(m);
   pyllm::register_layer_norm(m);
   pyllm::register_rms_norm(m);

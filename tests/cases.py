@@ -2,9 +2,11 @@
 
 import torch
 
-# What runs the CUDA kernels: the emulator everywhere, and a device where there is one (conftest.py
-# marks those tests `gpu`, and makes tensors there).
-DEVICES = ["emulator", "cuda"]
+# What runs the kernels for a device: the CUDA ones on the emulator everywhere, and on a device if
+# there is one; the Triton ones on the device, else in Triton's interpreter. (conftest.py marks what
+# needs a device `gpu`, and makes tensors there.)
+CUDA = ["emulator", "cuda"]
+DEVICES = [*CUDA, "triton"]
 # Every backend with hand-written kernels.
 BACKENDS = ["cpu", *DEVICES]
 

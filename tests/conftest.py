@@ -1,10 +1,17 @@
 import datetime
 import json
+import os
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+
+# Without a device the Triton kernels run in Triton's interpreter, which is chosen when triton is
+# imported. Whoever wants the interpreter on a device sets it himself.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+ON_DEVICE = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
 
 # cases.py and compare.py are imported by their plain names, from bench/ too.
 sys.path.insert(0, str(Path(__file__).parent))
@@ -23,7 +30,7 @@ def backend_of(item):
 
 def pytest_collection_modifyitems(config, items):
     for item in items:
-        if backend_of(item) == "cuda":
+        if backend_of(item) in ON_DEVICE:
             item.add_marker(pytest.mark.gpu)
     if not config.getoption("--slow"):
         for item in items:
@@ -31,13 +38,13 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
 
 
-# By op: how many tests of the backend `cuda` passed and failed.
+# By op, with "triton" before it if it was that: how many tests on a device passed and failed.
 gpu_results = {}
 
 
 def pytest_runtest_logreport(report):
     if report.when == "call":
-        for op in {value for name, value in report.user_properties if name == "cuda op"}:
+        for op in {value for name, value in report.user_properties if name == "device op"}:
             gpu_results.setdefault(op, [0, 0])[report.failed] += 1
 
 
@@ -56,8 +63,9 @@ def pytest_sessionfinish(session):
 
 @pytest.fixture(autouse=True)
 def on_the_device(request, monkeypatch):
-    """Tests of the backend `cuda` run on a device, and their tensors are made there."""
-    if backend_of(request.node) != "cuda":
+    """Tests of what needs a device run on one, and their tensors are made there."""
+    backend = backend_of(request.node)
+    if backend not in ON_DEVICE:
         yield
         return
     if not torch.cuda.is_available():
@@ -65,14 +73,15 @@ def on_the_device(request, monkeypatch):
     from pyllm.ops import device
     from pyllm.ops.registry import Op
 
-    if why := device.missing("cuda"):
+    if why := device.missing(backend, "cuda"):
         pytest.skip(why)
     choose = Op.choose
 
     def choose_and_record(self, *arguments):
         chosen = choose(self, *arguments)
-        if chosen == "cuda":
-            request.node.user_properties.append(("cuda op", self.name))
+        if chosen == backend:
+            op = self.name if backend == "cuda" else f"{backend} {self.name}"
+            request.node.user_properties.append(("device op", op))
         return chosen
 
     monkeypatch.setattr(Op, "choose", choose_and_record)

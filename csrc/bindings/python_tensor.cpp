@@ -1,5 +1,6 @@
 #include "bindings/python_tensor.h"
 
+#include <algorithm>
 #include <string>
 
 #include "core/plan.h"
@@ -58,10 +59,23 @@ void read_sizes(const py::object& tuple, int64_t* out, int ndim) {
   }
 }
 
+const Names& names_of_torch() {
+  static const Names* names = new Names;
+  return *names;
+}
+
 }  // namespace
 
+DType dtype_from_python(py::handle object) {
+  const auto& dtypes = names_of_torch().dtypes;
+  const auto found = std::find(std::begin(dtypes), std::end(dtypes), object.ptr());
+  if (found == std::end(dtypes))
+    throw py::type_error("expected a dtype that pyllm knows, got " + std::string(py::str(object)));
+  return static_cast<DType>(found - std::begin(dtypes));
+}
+
 Tensor tensor_from_python(py::handle object, bool any_device) {
-  static const Names* names = new Names;
+  const Names* names = &names_of_torch();
   const auto type_error = [&](const std::string& expected) {
     return py::type_error("expected " + expected + ", got " +
                           std::string(py::str(py::type::of(object))));
@@ -74,11 +88,7 @@ Tensor tensor_from_python(py::handle object, bool any_device) {
   }
   const py::object dtype = owned(dtype_object);
   Tensor t;
-  size_t i = 0;
-  while (i < std::size(kDTypeNames) && names->dtypes[i] != dtype.ptr()) ++i;
-  if (i == std::size(kDTypeNames))
-    throw py::type_error("expected a dtype that pyllm knows, got " + std::string(py::str(dtype)));
-  t.dtype = static_cast<DType>(i);
+  t.dtype = dtype_from_python(dtype);
   const py::object is_cpu = owned(PyObject_GetAttr(object.ptr(), names->is_cpu));
   if (!any_device && is_cpu.ptr() != Py_True)
     throw py::type_error("expected a CPU tensor, got one on " +

@@ -9,6 +9,8 @@ namespace pyllm {
 // Throws py::type_error unless `object` is a tensor of a dtype that we know, on the CPU unless
 // `any_device`.
 Tensor tensor_from_python(pybind11::handle object, bool any_device = false);
+// Throws py::type_error unless `object` is a torch.dtype that we know.
+DType dtype_from_python(pybind11::handle object);
 }  // namespace pyllm
 
 namespace pybind11::detail {

@@ -1,5 +1,7 @@
 #include "core/check.h"
 
+#include <algorithm>
+
 namespace pyllm {
 
 std::string describe(const Tensor& t) {
@@ -24,17 +26,14 @@ int64_t Check::dim(std::string_view name) const {
   return *size;
 }
 
-void Check::operator()(const Tensor& t, const char* name, std::string_view shape, DTypes dtypes,
-                       bool contiguous) {
+void Check::operator()(const Tensor& t, const char* name, std::string_view shape,
+                       const DType* dtypes, size_t n_dtypes, bool contiguous) {
   auto expected = [&] {
     std::string s = std::string(name) + ": expected ";
-    int i = 0;
-    for (DType d : dtypes) s += (i++ ? "|" : "") + std::string(pyllm::name(d));
+    for (size_t i = 0; i < n_dtypes; ++i) s += (i ? "|" : "") + std::string(pyllm::name(dtypes[i]));
     return s + "[" + std::string(shape) + "], got " + describe(t);
   };
-  bool dtype_ok = false;
-  for (DType d : dtypes) dtype_ok |= d == t.dtype;
-  if (!dtype_ok) fail(expected());
+  if (std::find(dtypes, dtypes + n_dtypes, t.dtype) == dtypes + n_dtypes) fail(expected());
 
   int axis = 0;
   for (size_t at = 0; at < shape.size(); ++axis) {

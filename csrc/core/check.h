@@ -33,7 +33,11 @@ class Check {
   explicit Check(const char* op) : op_(op) {}
 
   void operator()(const Tensor& t, const char* name, std::string_view shape, DTypes dtypes,
-                  bool contiguous = false);
+                  bool contiguous = false) {
+    (*this)(t, name, shape, dtypes.begin(), dtypes.size(), contiguous);
+  }
+  void operator()(const Tensor& t, const char* name, std::string_view shape, const DType* dtypes,
+                  size_t n_dtypes, bool contiguous = false);
   // Like operator(), but an undefined tensor (None in Python) passes.
   void optional(const Tensor& t, const char* name, std::string_view shape, DTypes dtypes,
                 bool contiguous = false) {

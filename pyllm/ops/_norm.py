@@ -2,8 +2,11 @@
 
 import torch
 
+from pyllm import _C
 from pyllm.ops import device
 from pyllm.quant import QuantRows
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def at_most_3d(x):
@@ -37,8 +40,7 @@ def check_quantize(op, quantize, out):
 
 
 def forward(backend, op, x, weight, bias, eps, residual, quantize, out):
-    """The CUDA kernel of `op`, on the device or on the emulator."""
-    library = device.library(backend)
+    """The kernel of `op` in CUDA, on the device or on the emulator, or in Triton."""
     device.check_same(op, x, weight=weight, bias=bias, residual=residual, out=out)
     total = None if residual is None else torch.empty_like(x)
     scale = None
@@ -51,10 +53,20 @@ def forward(backend, op, x, weight, bias, eps, residual, quantize, out):
     else:
         # Group sizes are for backends whose matmul takes int8 groups; this one's takes y.
         y = out = torch.empty_like(x) if out is None else out
-    getattr(library, op)(
-        at_most_3d(x), _as(weight, x), _as(bias, x), eps, *map(at_most_3d, (residual, out, total)),
-        scale, device.stream(x),
-    )  # fmt: skip
+    x, residual, out, total = map(at_most_3d, (x, residual, out, total))
+    weight, bias = _as(weight, x), _as(bias, x)
+    arguments = (x, weight, bias, eps, residual, out, total, scale)
+    if backend == "triton":
+        rows, parameter = "T D" if x.ndim == 2 else "T H D", (x.dtype, torch.float32)
+        to = x.dtype if scale is None else out.dtype
+        _C.check(op, [
+            (x, "x", rows, FLOATS), (weight, "weight", "D", parameter),
+            (bias, "bias", "D", parameter), (residual, "residual", rows, x.dtype),
+            (out, "out", rows, to),
+        ])  # fmt: skip
+        getattr(device.triton_kernels(op), op)(*arguments)
+    else:
+        getattr(device.library(backend), op)(*arguments, device.stream(x))
     return y if residual is None else (y, total)
 
 

@@ -1,6 +1,9 @@
-"""The libraries with the CUDA kernels: for the device, and for the emulator of it on the CPU."""
+"""What runs on a device: libraries with the CUDA kernels, one for the device and one for the
+emulator of it on the CPU, and the Triton kernels."""
 
 import functools
+import importlib
+import importlib.util
 import json
 import os
 from pathlib import Path
@@ -17,11 +20,29 @@ def path(backend: str) -> Path:
     return Path(_C.__file__).with_name(_FILES[backend])
 
 
-def missing(backend: str) -> str | None:
-    """Why there is no library of `backend`, or None if there is, or if it needs none."""
+def missing(backend: str, device_type: str) -> str | None:
+    """What `backend` lacks to serve tensors on `device_type`, or None."""
+    if backend == "triton":
+        return _missing_for_triton(device_type)
     if backend not in _FILES or path(backend).exists():
         return None
     return f"this build has no {backend} kernels: there is no {path(backend)}"
+
+
+_installed = functools.cache(importlib.util.find_spec)
+
+
+def _missing_for_triton(device_type):
+    if _installed("triton") is None:
+        return "Triton is not installed: pip install triton (on Linux)"
+    # Only on the CPU does the answer need Triton, which takes a moment to import.
+    return triton_kernels("launch").why_not_on_cpu() if device_type == "cpu" else None
+
+
+@functools.cache
+def triton_kernels(stem: str):
+    """The module of the Triton kernels of an op, imported on first use."""
+    return importlib.import_module(f"pyllm.kernels.{stem}")
 
 
 @functools.cache

@@ -116,6 +116,7 @@ def _backward_device(backend, *arguments):
     return _norm.backward(backend, "layer_norm_backward", *arguments, n_parameters=2)
 
 
-for _backend in ("cuda", "emulator"):
+for _backend in ("cuda", "emulator", "triton"):
     _OP.register(_backend)(functools.partial(_device, _backend))
+for _backend in ("cuda", "emulator"):
     _BACKWARD.register(_backend)(functools.partial(_backward_device, _backend))

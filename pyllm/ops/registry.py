@@ -26,7 +26,7 @@ DEVICES = {
     "reference": None,  # any
     "cpu": ("cpu",),
     "cuda": ("cuda",),
-    "triton": ("cuda",),
+    "triton": ("cuda", "cpu"),  # on the CPU in its interpreter
     "emulator": ("cpu",),
 }
 
@@ -79,7 +79,7 @@ class Op:
             return f"it reads tensors on {' or '.join(devices)}, these are on {device_type}"
         if backend not in self.backends:
             return f"this build has no {backend} kernel of it"
-        return device.missing(backend)
+        return device.missing(backend, device_type)
 
     def choose(self, device_type: str, backend: str | None = None) -> str:
         """The name of the backend that serves, see the module's docstring."""

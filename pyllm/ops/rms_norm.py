@@ -109,6 +109,7 @@ def _backward_device(backend, dy, x, weight, eps, residual_grad, out):
     return _norm.backward(backend, "rms_norm_backward", *arguments, n_parameters=1)
 
 
-for _backend in ("cuda", "emulator"):
+for _backend in ("cuda", "emulator", "triton"):
     _OP.register(_backend)(functools.partial(_device, _backend))
+for _backend in ("cuda", "emulator"):
     _BACKWARD.register(_backend)(functools.partial(_backward_device, _backend))

@@ -1,0 +1,43 @@
+"""What Triton lacks, or has not on every target or not in its interpreter."""
+
+import triton
+import triton.language as tl
+
+from pyllm.kernels import launch
+
+INTERPRETED = tl.constexpr(launch.INTERPRETED)
+
+
+@triton.jit
+def round_to(x, dtype: tl.constexpr):
+    """float32 `x` in `dtype`, to the nearest, ties to even; the interpreter truncates bfloat16."""
+    if INTERPRETED and dtype == tl.bfloat16:
+        bits = x.to(tl.uint32, bitcast=True)
+        rounded = tl.where(x == x, (bits + 0x7FFF + ((bits >> 16) & 1)) >> 16, 0x7FC0)
+        return rounded.to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    return x.to(dtype)
+
+
+@triton.jit
+def round_even(x):
+    """The nearest integer to float32 `x`, ties to even, as float32; ``|x| < 2^22``."""
+    return (x + 12582912.0) - 12582912.0
+
+
+@triton.jit
+def to_e4m3(x):
+    """The bits of float32 ``|x| <= 464`` in e4m3 as uint8, to the nearest, ties to even.
+
+    In integers, as the conversion exists from compute capability 8.9 on only."""
+    bits = tl.abs(x).to(tl.uint32, bitcast=True)
+    normal = ((bits + 0x7FFFF + ((bits >> 20) & 1)) >> 20) - ((127 - 7) << 3)
+    # Below 2^-6 e4m3 has steps of 2^-9, which is the last place of floats around 2^14.
+    small = (tl.abs(x) + 16384.0).to(tl.uint32, bitcast=True) - 0x46800000
+    sign = (x.to(tl.uint32, bitcast=True) >> 24) & 0x80
+    return (tl.where(bits < 0x3C800000, small, normal) | sign).to(tl.uint8)
+
+
+@triton.jit
+def row_offset(row, heads, stride, head_stride):
+    """Where row `row` of ``[T, heads, D]`` begins, in elements."""
+    return (row // heads).to(tl.int64) * stride + (row % heads).to(tl.int64) * head_stride
