@@ -13,6 +13,7 @@ import torch
 
 from pyllm import ops
 from pyllm.ops import device
+from pyllm.quant import QuantTensor
 
 TABLE = Path(__file__).with_name("traffic.json")
 
@@ -49,10 +50,26 @@ def _norm_backward_cases(op):
     }
 
 
+def _quant_matmul(rows, n=1024, k=2048, **format):
+    weight = QuantTensor.from_float(torch.randn(n, k), **format)
+    x = torch.randn(rows, k).half()
+    ops.quant_matmul(x, ops.pack_fragments(weight, backend="cpu"), backend="emulator")
+
+
 # Op: case: what runs it. Sizes are small, as the emulator is slow, but large enough to be typical.
 CASES = {
     "layer_norm": _norm_cases("layer_norm"),
     "layer_norm_backward": _norm_backward_cases("layer_norm_backward"),
+    "quant_matmul": {
+        "4 bits, 1 x 896 x 2048": lambda: _quant_matmul(1, 896),
+        "4 bits in 128, 1 x 1024 x 2048": lambda: _quant_matmul(1, group_size=128),
+        "4 bits in 128, 16 x 1024 x 2048": lambda: _quant_matmul(16, group_size=128),
+        "4 bits in 128, 128 x 512 x 1024": lambda: _quant_matmul(128, 512, 1024, group_size=128),
+        "8 bits, 1 x 896 x 2048": lambda: _quant_matmul(1, 896, bits=8, symmetric=True),
+        "8 bits in rows, 1 x 1024 x 2048": lambda: _quant_matmul(
+            1, bits=8, symmetric=True, group_size=None
+        ),
+    },
     "rms_norm": _norm_cases("rms_norm"),
     "rms_norm_backward": _norm_backward_cases("rms_norm_backward"),
 }

@@ -8,7 +8,7 @@ from compare import assert_close, poisoned
 
 from pyllm import _C
 from pyllm.ops import device, pack_fragments, quant_matmul, quantize_activation
-from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
+from pyllm.quant import QuantActivation, QuantRows, QuantTensor
 
 FORMATS = list(itertools.product((4, 8), (32, 16), (False, True)))
 LARGE_GROUPS = list(itertools.product((4, 8), (64, 128, None), (False, True)))
@@ -224,12 +224,14 @@ def test_bad_arguments():
 HALVES = [torch.float16, torch.bfloat16]
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
-@pytest.mark.parametrize("shape", [(1, 32), (37, 160), (64, 96), (33, 48)], ids=str)
-def test_fragments_are_the_same_bytes_wherever_packed(shape, bits, group_size, symmetric):
-    n, k = shape
-    if k % group_size:
-        group_size = 16
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("n", "k", "group_size"),
+    [(1, 32, 32), (37, 160, 16), (64, 96, 32), (33, 48, 16), (37, 192, 64), (33, 384, 128)]
+    + [(33, k, None) for k in (48, 96, 128, 160, 320)],
+)
+def test_fragments_are_the_same_bytes_wherever_packed(n, k, bits, group_size, symmetric):
     weight = quantized(n, k, bits, group_size, symmetric)
     in_torch, *others = (
         pack_fragments(weight, backend=backend) for backend in ("reference", "cpu", "emulator")
@@ -237,8 +239,8 @@ def test_fragments_are_the_same_bytes_wherever_packed(shape, bits, group_size, s
     assert repr(in_torch.panels()) == repr(weight)
     assert torch.equal(in_torch.panels().packed, weight.packed)
     for other in others:
+        assert repr(other) == repr(in_torch)
         assert torch.equal(other.packed, in_torch.packed)
-    assert len(in_torch.packed) == QuantFragments.packed_bytes(*weight.kernel_arguments()[1:])
 
 
 def check_device(x, weight, bias=None, **arguments):
@@ -252,8 +254,23 @@ def check_device(x, weight, bias=None, **arguments):
     return y
 
 
-@pytest.mark.parametrize("shape", [*SHAPES, (1, 130, 1024), (9, 300, 256), (70, 20, 320)], ids=str)
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+# For tensor cores larger groups are formats of their own, with steps of a group or half of one.
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [
+        *itertools.product(
+            [*SHAPES, (1, 130, 1024), (9, 300, 256), (70, 20, 320)],
+            (32, 16),
+        ),
+        *itertools.product(
+            [(1, 130, 1024), (9, 300, 256), (40, 20, 128), (70, 20, 384)], (64, 128)
+        ),
+        *itertools.product([(2, 130, 1056), (25, 40, 96), (70, 20, 48)], (None,)),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 def test_device_matches_reference(shape, bits, group_size, symmetric, dtype):
     t, n, k = shape
@@ -263,11 +280,15 @@ def test_device_matches_reference(shape, bits, group_size, symmetric, dtype):
     assert y.dtype == dtype
 
 
-@pytest.mark.parametrize(("bits", "group_size", "symmetric"), FORMATS)
+@pytest.mark.parametrize(
+    ("bits", "group_size", "symmetric"),
+    [*FORMATS, (4, 64, False), (4, 128, False), (8, 128, True)],
+)
 def test_device_row_does_not_depend_on_the_others(bits, group_size, symmetric):
     """On either side of every change of tile size, with tiles that blocks share."""
     dtype = torch.float16 if symmetric else torch.bfloat16
-    weight, x = quantized(200, 576, bits, group_size, symmetric), rand(130, 576, dtype=dtype)
+    k = 640 if group_size == 128 else 576
+    weight, x = quantized(200, k, bits, group_size, symmetric), rand(130, k, dtype=dtype)
     whole = check_device(x, weight)
     for rows in ([0], range(8), range(9), range(5, 22), range(17, 50), range(2, 67), [129]):
         part = quant_matmul(x[list(rows)], weight, backend="emulator")
@@ -336,9 +357,10 @@ def test_device_extremes(bits, symmetric, dtype):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("bits", [4, 8])
-def test_device_one_row_moves_little_more_than_the_weight(bits, symmetric):
+@pytest.mark.parametrize("group_size", [32, 64, 128, None])
+def test_device_one_row_moves_little_more_than_the_weight(bits, group_size, symmetric):
     n, k = 1024, 2048
-    weight = pack_fragments(quantized(n, k, bits, symmetric=symmetric))
+    weight = pack_fragments(quantized(n, k, bits, group_size, symmetric))
     x = rand(1, k, dtype=torch.float16)
     device.emulator_report()
     quant_matmul(x, weight, backend="emulator")
@@ -351,8 +373,10 @@ def test_device_one_row_moves_little_more_than_the_weight(bits, symmetric):
 
 
 @pytest.mark.parametrize("t", [1, 16, 64, 128])
-def test_device_has_no_bank_conflicts(t):
-    weight, x = pack_fragments(quantized(256, 512)), rand(t, 512, dtype=torch.float16)
+@pytest.mark.parametrize("group_size", [32, 128])
+def test_device_has_no_bank_conflicts(t, group_size):
+    weight = pack_fragments(quantized(256, 512, group_size=group_size))
+    x = rand(t, 512, dtype=torch.float16)
     device.emulator_report()
     quant_matmul(x, weight, backend="emulator")
     (launch,) = device.emulator_report()

@@ -7,7 +7,8 @@ namespace {
 // The floats of scratch that cuda_quant_matmul needs.
 int64_t quant_matmul_scratch(int64_t rows, int64_t n, int64_t k, int group_size,
                              int multiprocessors) {
-  return cuda::QuantMatmulPlan::of(n, k, multiprocessors).partial_size(rows, group_size);
+  const QuantFragments w{n, k, 4, group_size, false};
+  return cuda::QuantMatmulPlan::of(w, multiprocessors).partial_size(rows, w);
 }
 
 void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor packed, int64_t n,
@@ -16,8 +17,7 @@ void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor pack
                        DeviceTensor arrived, uintptr_t stream) {
   using Plan = cuda::QuantMatmulPlan;
   Check c("quant_matmul");
-  check_format(c, n, k, bits, group_size);
-  const QuantFragments w{n, k, bits, group_size, has_minimum};
+  const QuantFragments w = quant_fragments(c, n, k, bits, group_size, has_minimum);
   check_bytes(c, packed, w.bytes());
   c(x, "x", "T K", {DType::F16, DType::BF16});
   c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
@@ -31,12 +31,11 @@ void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor pack
   c.require(reinterpret_cast<uintptr_t>(packed.data) % 16 == 0,
             "weight: expected packed bytes aligned to 16, got " + describe(packed));
   c.require(multiprocessors > 0 && multiprocessors < 65536, "expected a count of multiprocessors");
-  const Plan plan = Plan::of(n, k, multiprocessors);
+  const Plan plan = Plan::of(w, multiprocessors);
   c.require(plan.fits(), "weight: expected fewer than 2^23 rows and 2^44 values, got [" +
                              std::to_string(n) + ", " + std::to_string(k) + "]");
   c(partial, "partial", "_", {DType::F32}, true);
-  c.require(partial.shape[0] >= plan.partial_size(x.shape[0], group_size),
-            "partial: expected more scratch");
+  c.require(partial.shape[0] >= plan.partial_size(x.shape[0], w), "partial: expected more scratch");
   c(arrived, "arrived", "_", {DType::I32}, true);
   c.require(arrived.shape[0] >= plan.tiles, "arrived: expected a counter a tile");
   library.run(&cuda::Kernels::quant_matmul,
@@ -50,14 +49,15 @@ void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor pack
 }
 
 void cuda_pack_fragments(DeviceLibrary& library, DeviceTensor packed, int64_t n, int64_t k,
-                         int bits, int group_size, bool has_minimum, DeviceTensor out,
-                         uintptr_t stream) {
+                         int bits, int packed_group_size, bool has_minimum, int group_size,
+                         DeviceTensor out, uintptr_t stream) {
   Check c("pack_fragments");
-  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
-  const int64_t bytes = fragments_of(w).bytes();
-  check_bytes(c, out, bytes);
-  c.require(bytes / 16 / 128 < int64_t{1} << 31, "weight: expected at most 2^42 bytes");
-  library.run(&cuda::Kernels::pack_fragments, {w, out}, stream, {{"weight", packed}, {"out", out}});
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, packed_group_size, has_minimum);
+  const QuantFragments f = quant_fragments(c, n, k, bits, group_size, has_minimum);
+  check_bytes(c, out, f.bytes());
+  c.require(f.bytes() / 16 / 128 < int64_t{1} << 31, "weight: expected at most 2^42 bytes");
+  library.run(&cuda::Kernels::pack_fragments, {w, f, out}, stream,
+              {{"weight", packed}, {"out", out}});
 }
 
 }  // namespace

@@ -1,5 +1,4 @@
 #include "bindings/quant_matrix.h"
-#include "core/quant_fragments.h"
 #include "core/thread_pool.h"
 
 namespace pyllm {
@@ -63,25 +62,33 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
       make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
 }
 
-void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int group_size,
-                            bool has_minimum, Tensor out) {
+void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int packed_group_size,
+                            bool has_minimum, int group_size, Tensor out) {
   Check c("pack_fragments");
-  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
-  check_bytes(c, out, fragments_of(w).bytes());
+  const QuantMatrix w = quant_matrix(c, packed, n, k, bits, packed_group_size, has_minimum);
+  const QuantFragments f = quant_fragments(c, n, k, bits, group_size, has_minimum);
+  check_bytes(c, out, f.bytes());
   py::gil_scoped_release release;
-  pack_fragments(w, out.as<uint8_t>());
+  pack_fragments(w, f, out.as<uint8_t>());
 }
 
-}  // namespace
-
-void check_format(const Check& c, int64_t n, int64_t k, int bits, int group_size) {
+void check_matrix(const Check& c, int64_t n, int64_t k, int bits, int group_size) {
   c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
-  c.require(group_size == 16 || group_size == 32,
-            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
   c.require(
       n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
       "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
           std::to_string(n) + ", " + std::to_string(k) + "]");
+}
+
+}  // namespace
+
+QuantFragments quant_fragments(const Check& c, int64_t n, int64_t k, int bits, int group_size,
+                               bool has_minimum) {
+  c.require((group_size == k && k % 16 == 0) || group_size == 16 || group_size == 32 ||
+                group_size == 64 || group_size == 128,
+            "weight: expected groups of 16, 32, 64, 128 or K, got " + std::to_string(group_size));
+  check_matrix(c, n, k, bits, group_size);
+  return {n, k, bits, group_size, has_minimum};
 }
 
 void check_bytes(const Check& c, const Tensor& packed, int64_t bytes) {
@@ -93,7 +100,9 @@ void check_bytes(const Check& c, const Tensor& packed, int64_t bytes) {
 
 QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
                          int group_size, bool has_minimum) {
-  check_format(c, n, k, bits, group_size);
+  c.require(group_size == 16 || group_size == 32,
+            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
+  check_matrix(c, n, k, bits, group_size);
   const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
   check_bytes(c, packed, w.bytes());
   return w;

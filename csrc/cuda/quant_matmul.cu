@@ -90,8 +90,8 @@ Status launch_rows(const Problem& problem, int blocks, Stream stream) {
 }
 
 template <class T, int kBits, int kGroup, bool kMinimum>
-Status launch_format(const Problem& p, int blocks, Stream stream) {
-  const int rows = Plan::padded_rows(p.rows, kGroup);
+Status launch_format(const QuantFragments& f, const Problem& p, int blocks, Stream stream) {
+  const int rows = Plan::padded_rows(p.rows, f);
   if (rows == 8) return launch_rows<Config<T, kBits, kGroup, kMinimum, 1>>(p, blocks, stream);
   if constexpr (kGroup == 32) {
     if (rows == 16) return launch_rows<Config<T, kBits, kGroup, kMinimum, 2>>(p, blocks, stream);
@@ -104,14 +104,14 @@ Status launch_format(const Problem& p, int blocks, Stream stream) {
 template <class T>
 Status launch_type(const QuantFragments& f, const Problem& p, int blocks, Stream stream) {
   const auto with_group = [&]<int kBits, int kGroup>() {
-    return f.has_minimum ? launch_format<T, kBits, kGroup, true>(p, blocks, stream)
-                         : launch_format<T, kBits, kGroup, false>(p, blocks, stream);
+    return f.has_minimum ? launch_format<T, kBits, kGroup, true>(f, p, blocks, stream)
+                         : launch_format<T, kBits, kGroup, false>(f, p, blocks, stream);
   };
   if (f.bits == 4)
-    return f.group_size == 32 ? with_group.template operator()<4, 32>()
-                              : with_group.template operator()<4, 16>();
-  return f.group_size == 32 ? with_group.template operator()<8, 32>()
-                            : with_group.template operator()<8, 16>();
+    return f.span_groups() == 1 ? with_group.template operator()<4, 32>()
+                                : with_group.template operator()<4, 16>();
+  return f.span_groups() == 1 ? with_group.template operator()<8, 32>()
+                              : with_group.template operator()<8, 16>();
 }
 
 }  // namespace
@@ -124,12 +124,14 @@ Status quant_matmul(const QuantMatmulArgs& a, Stream stream) {
   p.partial = a.partial.as<Vec<float, 4>>();
   p.arrived = a.arrived.as<uint32_t>();
   p.x_stride = a.x.stride[0] * 2, p.y_stride = a.y.stride[0];
-  p.strips = static_cast<int>(f.strips()), p.cells = static_cast<int>(f.cells());
+  p.strips = static_cast<int>(f.strips()), p.spans = static_cast<int>(f.spans());
+  p.cells = static_cast<int>((f.k + f.kDepth - 1) / f.kDepth);
+  p.share = f.span_cells() / 2, p.grain = p.share / 2;
   p.n = static_cast<int>(f.n), p.k = static_cast<int>(f.k);
   p.steps = static_cast<int>(a.plan.steps);
   p.units = static_cast<int>(a.plan.tiles * a.plan.steps);
   p.store_vectors = aligned<4>(a.y);
-  const int most = Plan::most_rows(f.group_size);
+  const int most = Plan::most_rows(f);
   for (int64_t row = 0; row < a.x.shape[0]; row += most) {
     p.rows = static_cast<int>(std::min<int64_t>(a.x.shape[0] - row, most));
     p.x = a.x.as<const uint8_t>() + row * p.x_stride;

@@ -19,8 +19,10 @@ struct Problem {
   uint32_t* arrived;
   int64_t x_stride;  // bytes
   int64_t y_stride;  // elements
-  int n, k, strips, cells, steps, rows;
+  int n, k, strips, cells, spans, steps, rows;
   int units;  // steps of all tiles
+  int share;  // of a span there are 2^share cells
+  int grain;  // ranges begin at multiples of 2^grain steps
   bool store_vectors;
 };
 
@@ -32,10 +34,10 @@ struct Config {
   static constexpr int kTiles = kTiles_;  // of 8 rows of x
   static constexpr int kRows = 8 * kTiles;
   static constexpr int kOffset = kMinimum ? 0 : 1 << (kBits - 1);
-  static constexpr int kGroups = 32 / kGroup;       // of a cell
+  static constexpr int kGroups = 32 / kGroup;       // of a cell; of 32 is also what is larger
   static constexpr int kScales = kMinimum ? 8 : 4;  // of a lane and group
   static constexpr int kQuantBytes = 128 * kBits;   // of a cell
-  static constexpr int kScaleBytes = 16 * kGroups * kScales;
+  static constexpr int kScaleBytes = 16 * kGroups * kScales;  // of a span
   static constexpr int kCellBytes = kQuantBytes + kScaleBytes;
   // Shared memory: stages of kSteps steps, and beside them sums of x and what halves exchange. At
   // most 99 KB in all, which every card from sm_80 has.
@@ -61,10 +63,10 @@ struct Place {
 
 // The block whose range holds a step.
 __device__ __forceinline__ int block_with(int64_t unit, const Problem& p) {
-  return static_cast<int>(((unit + 1) * gridDim.x - 1) / p.units);
+  return static_cast<int>((((unit >> p.grain) + 1) * gridDim.x - 1) / (p.units >> p.grain));
 }
 __device__ __forceinline__ int first_unit(int64_t block, const Problem& p) {
-  return static_cast<int>(p.units * block / gridDim.x);
+  return static_cast<int>((p.units >> p.grain) * block / gridDim.x) << p.grain;
 }
 
 template <class C>
@@ -93,6 +95,11 @@ struct Multiplier {
   __device__ __forceinline__ unsigned char* weights(int stage, int step) const {
     return stages + (stage * C::kSteps + step) * (C::kWeightBytes + C::kXBytes);
   }
+  // Of this warp's cell. Cells of a span that are in one stage use those beside the first.
+  __device__ __forceinline__ unsigned char* scales(int stage, int step) const {
+    return weights(stage, p.share == 2 ? 0 : step) + (p.share ? strip : warp) * C::kCellBytes +
+           C::kQuantBytes;
+  }
   __device__ __forceinline__ unsigned char* activations(int stage, int step) const {
     return weights(stage, step) + C::kWeightBytes;
   }
@@ -107,12 +114,17 @@ struct Multiplier {
   // Begins the copies of one step.
   __device__ __forceinline__ void copy(int stage, int step, Place at) const {
     if (has_cell(at)) {
-      const int64_t cell = int64_t{at.tile * kStrips + strip} * p.cells + 2 * at.step + half;
-      const uint8_t* from = p.weight + cell * C::kCellBytes + lane * 16;
+      const int cell = 2 * at.step + half, within = cell & ((1 << p.share) - 1);
+      const int64_t span = int64_t{at.tile * kStrips + strip} * p.spans + (cell >> p.share);
+      const int quants = C::kQuantBytes << p.share;
+      const uint8_t* from = p.weight + span * (quants + C::kScaleBytes) + lane * 16;
       unsigned char* to = weights(stage, step) + warp * C::kCellBytes + lane * 16;
 #pragma unroll
-      for (int v = 0; v < C::kBits / 4; ++v) cp_async<16>(to + v * 512, from + v * 512);
-      if (lane < C::kScaleBytes / 16) cp_async<16>(to + C::kQuantBytes, from + C::kQuantBytes);
+      for (int v = 0; v < C::kBits / 4; ++v)
+        cp_async<16>(to + v * 512, from + within * C::kQuantBytes + v * 512);
+      to += C::kQuantBytes;
+      if (lane < C::kScaleBytes / 16 && to == scales(stage, step) + lane * 16)
+        cp_async<16>(to, from + quants);
     }
     unsigned char* x = activations(stage, step) + swizzled(thread / 8, thread % 8);
     const int k = at.step * Plan::kStepDepth + thread % 8 * 8;
@@ -175,10 +187,10 @@ struct Multiplier {
     float d[C::kGroups][C::kScales];
 #pragma unroll
     for (int group = 0; group < C::kGroups; ++group) {
-      const auto scales = load<Vec<f16, C::kScales>>(cell + C::kQuantBytes +
+      const auto loaded = load<Vec<f16, C::kScales>>(scales(stage, step) +
                                                      (g * C::kGroups + group) * C::kScales * 2);
 #pragma unroll
-      for (int i = 0; i < C::kScales; ++i) d[group][i] = float_of(scales[i]);
+      for (int i = 0; i < C::kScales; ++i) d[group][i] = float_of(loaded[i]);
     }
     const unsigned char* x = x_of(stage, step, half);
     const float zero[4] = {};

@@ -216,10 +216,9 @@ def _pack_reference(weight):
 
 
 def _packed(weight, pack):
-    size = QuantFragments.packed_bytes(*weight.kernel_arguments()[1:])
-    packed = torch.empty(size, dtype=torch.uint8, device=weight.device)
-    pack(*weight.kernel_arguments(), packed)
-    return QuantFragments(packed, weight.shape, weight.bits, weight.group_size, weight.has_minimum)
+    fragments = QuantFragments.empty_like(weight)
+    pack(*weight.kernel_arguments(), weight.group_size, fragments.packed)
+    return fragments
 
 
 @_QUANTIZE.register("reference")

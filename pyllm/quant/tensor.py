@@ -205,10 +205,14 @@ class QuantTensor:
         return self.packed, *self.shape, self.bits, self.packed_group_size, self.has_minimum
 
     def __repr__(self):
-        minimum = ", minimum" if self.has_minimum else ""
-        n, k = self.shape
-        groups = "one group a row" if self.group_size == k else f"groups of {self.group_size}"
-        return f"QuantTensor([{n}, {k}], {self.bits} bits, {groups}{minimum})"
+        return f"QuantTensor({describe_format(self)})"
+
+
+def describe_format(weight) -> str:
+    """The shape and format of a `QuantTensor` or what is packed from it, for people."""
+    n, k = weight.shape
+    groups = "one group a row" if weight.group_size == k else f"groups of {weight.group_size}"
+    return f"[{n}, {k}], {weight.bits} bits, {groups}{', minimum' if weight.has_minimum else ''}"
 
 
 def _is_group_size(group_size, k) -> bool:
