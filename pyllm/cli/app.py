@@ -159,6 +159,7 @@ def _parser():
 def _add_model_options(option, name, max_new_tokens):
     option("--model", "-m", default=DEFAULT_MODEL, help=f"{name} Default: %(default)s.")
     option("--system", help="The system message of the conversation.")
+    option("--device", help="cpu, cuda or cuda:1. Default: $PYLLM_DEVICE, or else cpu.")
     option("--max-context", type=int, help="Tokens of prompt and answer together.")
     option("--quantize", help="int8 or int4: round matrices that the file keeps unquantized.")
     option(
@@ -203,7 +204,7 @@ def _load(options, params):
 
         with _progress_bar("loading") as progress:
             llm = LLM(
-                path, progress=progress,
+                path, progress=progress, device=options.device,
                 max_context=options.max_context, quantize=options.quantize,
                 head_bits=options.head_bits,
             )  # fmt: skip

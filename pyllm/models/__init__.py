@@ -11,7 +11,9 @@ __all__ = ["DecoderConfig", "ModelError", "build", "describe"]
 FAMILIES = [(llama, llama.Llama)]
 
 
-def build(checkpoint, *, quantize=None, head_bits=None, progress=None):
+def build(
+    checkpoint, *, quantize=None, head_bits=None, progress=None, device="cpu", dtype=None
+):  # fmt: skip
     """The model of a checkpoint, its weights loaded and packed.
 
     Args:
@@ -19,6 +21,7 @@ def build(checkpoint, *, quantize=None, head_bits=None, progress=None):
         quantize: None, ``"int8"`` or ``"int4"``: round unquantized matrices.
         head_bits: None, 4 or 8: round the output head.
         progress: called with ``(bytes done, bytes in all)`` after each matrix.
+        device, dtype: where the weights go, and what the model computes in; see `Weights`.
 
     Raises:
         ModelError: if the architecture or one of its options is not supported, or a tensor is
@@ -26,7 +29,8 @@ def build(checkpoint, *, quantize=None, head_bits=None, progress=None):
     """
     family, model = _family(checkpoint)
     config = describe(checkpoint)
-    return model(config, Weights(checkpoint, family, quantize, head_bits, progress)).eval()
+    weights = Weights(checkpoint, family, quantize, head_bits, progress, device, dtype)
+    return model(config, weights).eval()
 
 
 def describe(checkpoint) -> DecoderConfig:

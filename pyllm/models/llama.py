@@ -6,7 +6,7 @@ policy and no sampling.
 
 from torch import nn
 
-from pyllm.nn import Embedding, rotary_table
+from pyllm.nn import rotary_table
 from pyllm.ops import paged_attention, rope_cache, silu_mul
 
 ARCHITECTURES = ("llama", "mistral", "qwen2", "qwen3")
@@ -122,10 +122,11 @@ class Llama(nn.Module):
     def __init__(self, config, weights):
         super().__init__()
         self.config = config
-        self.embed = Embedding(weights.matrix("embed", n=config.vocab_size, k=config.hidden_size))
+        matrix = weights.matrix("embed", n=config.vocab_size, k=config.hidden_size)
+        self.embed = weights.embedding(matrix)
         self.blocks = nn.ModuleList(Block(config, weights.layer(i)) for i in range(config.n_layers))
         self.norm = weights.rms_norm("norm", config.hidden_size, config.norm_eps)
-        self.head = weights.head(self.embed.weight, k=config.hidden_size, n=config.vocab_size)
+        self.head = weights.head(matrix, k=config.hidden_size, n=config.vocab_size)
         self.factors = weights.vector("rope_factors", config.rope_dim // 2)
         self.angles = None
 
@@ -134,7 +135,7 @@ class Llama(nn.Module):
         c = self.config
         self.angles = rotary_table(
             c.rope_dim, max_context, c.rope_theta, c.rope_scaling, self.factors
-        )
+        ).to(self.norm.weight.device)
 
     def forward(self, batch):
         x, residual = self.embed(batch.token_ids), None

@@ -5,7 +5,8 @@ import copy
 import torch
 
 from pyllm.models.config import ModelError
-from pyllm.nn import FusedLinear, RMSNorm
+from pyllm.nn import Embedding, FusedLinear, RMSNorm
+from pyllm.ops.quant_matmul import place
 from pyllm.quant import QuantTensor
 
 _FLOATS = ("F32", "F16", "BF16")
@@ -15,11 +16,19 @@ _QUANTIZE = {None: None, "int8": 8, "int4": 4}
 class Weights:
     """The tensors of a checkpoint by our own names, see the family's ``NAMES``.
 
-    Each is packed as it is read, and the file's pages are let go at once: there is never a
-    second copy of more than one tensor.
+    Each is packed as it is read, brought to its device, and the file's pages are let go at once:
+    there is never a second copy of more than one tensor.
+
+    Args:
+        device: where to bring them.
+        dtype: what the model computes in, a half. The embedding, and other matrices that are not
+            quantized, are kept in it. None: in float32, with matrices as in the file.
     """
 
-    def __init__(self, checkpoint, family, quantize=None, head_bits=None, progress=None):
+    def __init__(
+        self, checkpoint, family, quantize=None, head_bits=None, progress=None, device="cpu",
+        dtype=None,
+    ):  # fmt: skip
         if quantize not in _QUANTIZE:
             raise ValueError(f"quantize: expected None, 'int8' or 'int4', got {quantize!r}")
         if head_bits not in (None, 4, 8):
@@ -28,6 +37,8 @@ class Weights:
         self._family = family
         self._quantize = quantize
         self._head_bits = head_bits
+        self._device = torch.device(device)
+        self._dtype = dtype
         self._layer = None
         self._progress = progress
         # One list for all layers' views of this: bytes done, bytes in all.
@@ -50,7 +61,7 @@ class Weights:
             return None
         if info.type not in _FLOATS:
             raise ModelError(f"{info.name}: expected {' or '.join(_FLOATS)}, got {info.type}")
-        return self._checkpoint.float_tensor(info.name).float().clone()
+        return self._checkpoint.float_tensor(info.name).float().clone().to(self._device)
 
     def rms_norm(self, name: str, n: int, eps: float) -> RMSNorm | None:
         """The layer with this weight, or None if it is optional and absent."""
@@ -65,8 +76,21 @@ class Weights:
         """``[n, k]`` as a `QuantTensor` or a float tensor."""
         return self._pack([self._info(name, (n, k))], bits=8 if self._quantize else None)
 
+    def embedding(self, matrix) -> Embedding:
+        """The layer with this `matrix`."""
+        if self._dtype is None:
+            return Embedding(matrix)
+        if isinstance(matrix, QuantTensor):
+            matrix = matrix.to(self._device).dequantize()
+        return Embedding(self._place(matrix), self._dtype)
+
     def linear(self, *names: str, k: int, n: list[int]) -> FusedLinear:
         """Linear layers ``[n_i, k]`` on one input, those of one format in one matrix."""
+        weights, *options = self._fused(names, k, n)
+        return FusedLinear([self._place(weight) for weight in weights], *options)
+
+    def _fused(self, names, k, n):
+        """The arguments of a `FusedLinear`, its weights still on the host."""
         infos = [self._info(name, (n_i, k)) for name, n_i in zip(names, n, strict=True)]
         groups: list[list[int]] = []
         for i, info in enumerate(infos):
@@ -82,7 +106,7 @@ class Weights:
         bits = 8 if names == ("head",) and self._quantize else _QUANTIZE[self._quantize]
         weights = [self._pack([infos[i] for i in group], bits) for group in groups]
         biases = [self._bias([names[i] for i in group], [n[i] for i in group]) for group in groups]
-        return FusedLinear(weights, biases, [[n[i] for i in group] for group in groups])
+        return weights, biases, [[n[i] for i in group] for group in groups]
 
     def head(self, embedding, *, k: int, n: int) -> FusedLinear:
         """The output head, or the embedding if the checkpoint has no head of its own.
@@ -91,15 +115,21 @@ class Weights:
         matrix: a row of it is all that a token reads, and a head of 4 bits adds 5 bits a weight to
         the 8.5 of Q8_0 or the 16 of a float.
         """
-        own = self.has("head")
-        head = self.linear("head", k=k, n=[n]) if own else FusedLinear([embedding])
+        weight, bias = embedding, None
+        if self.has("head"):
+            (weight,), (bias,), _ = self._fused(("head",), k, [n])
         bits = self._head_bits
-        if bits is None or getattr(head.weights[0], "bits", 16) <= bits:
-            return head
-        if k % 32:
-            raise ModelError(f"head_bits: expected a hidden size in groups of 32, got {k}")
-        rounded = QuantTensor.from_float(head.weights[0], bits=bits, refits=2)
-        return FusedLinear([rounded], head.biases)
+        if bits is not None and getattr(weight, "bits", 16) > bits:
+            if k % 32:
+                raise ModelError(f"head_bits: expected a hidden size in groups of 32, got {k}")
+            weight = QuantTensor.from_float(weight, bits=bits, refits=2)
+        return FusedLinear([self._place(weight)], [bias], dtype=torch.float32)
+
+    def _place(self, weight):
+        """`weight` where it is to be, in the form that the kernels there read."""
+        if isinstance(weight, QuantTensor):
+            return place(weight, self._device)
+        return weight.to(self._device, self._dtype or weight.dtype)
 
     def _bias(self, names, sizes):
         parts = [
@@ -109,7 +139,7 @@ class Weights:
         if all(part is None for part in parts):
             return None
         parts = [
-            torch.zeros(size) if part is None else part
+            torch.zeros(size, device=self._device) if part is None else part
             for part, size in zip(parts, sizes, strict=True)
         ]
         return torch.cat(parts)
@@ -130,7 +160,7 @@ class Weights:
         self._bytes[0] += sum(info.nbytes for info in infos)
         if self._progress:
             self._progress(*self._bytes)
-        if isinstance(weight, QuantTensor) or len(infos) > 1:
+        if isinstance(weight, QuantTensor) or len(infos) > 1 or self._dtype:
             for info in infos:
                 checkpoint.release(info.name)
         return weight

@@ -5,7 +5,6 @@ from torch import nn
 
 from pyllm.ops import embedding, matmul, quant_matmul
 from pyllm.ops.alloc import empty
-from pyllm.quant import QuantTensor
 
 
 class FusedLinear(nn.Module):
@@ -14,13 +13,16 @@ class FusedLinear(nn.Module):
     Weights of one format lie in one matrix and take one kernel call.
 
     Args:
-        weights: matrices ``[N, K]``, each a `QuantTensor` or a float tensor, one for each call.
+        weights: matrices ``[N, K]``, each a float tensor or what `quant_matmul` takes, one for each
+            call.
         biases: for each matrix a float ``[N]``, or None.
         splits: for each matrix the sizes of the outputs that lie in it; None: one each.
+        dtype: of the outputs; None: as of the input.
     """
 
-    def __init__(self, weights, biases=None, splits=None):
+    def __init__(self, weights, biases=None, splits=None, dtype=None):
         super().__init__()
+        self.dtype = dtype
         self.weights = list(weights)
         self.biases = list(biases or [None] * len(self.weights))
         self.splits = splits or [[w.shape[0]] for w in self.weights]
@@ -31,19 +33,28 @@ class FusedLinear(nn.Module):
     def forward(self, x):
         outputs = []
         for weight, bias, sizes in zip(self.weights, self.biases, self.splits, strict=True):
-            multiply = quant_matmul if isinstance(weight, QuantTensor) else matmul
-            y = multiply(x, weight, bias)
+            y = self._multiply(x, weight, bias)
             outputs += y.split(sizes, -1) if len(sizes) > 1 else [y]
         return outputs
 
+    def _multiply(self, x, weight, bias):
+        if isinstance(weight, torch.Tensor):
+            out = None
+            if self.dtype not in (None, x.dtype):
+                out = empty((*x.shape[:-1], weight.shape[0]), self.dtype, x.device)
+            return matmul(x, weight, bias, out=out)
+        y = quant_matmul(x, weight, bias)
+        return y if self.dtype in (None, y.dtype) else y.to(self.dtype)
+
 
 class Embedding(nn.Module):
-    """Rows of a matrix ``[V, D]``, a `QuantTensor` or a float tensor, in float32."""
+    """Rows of a matrix ``[V, D]``, a `QuantTensor` or a float tensor, in `dtype`."""
 
-    def __init__(self, weight):
+    def __init__(self, weight, dtype=torch.float32):
         super().__init__()
         self.weight = weight
+        self.dtype = dtype
 
     def forward(self, token_ids):
-        out = empty((*token_ids.shape, self.weight.shape[1]), torch.float32)
+        out = empty((*token_ids.shape, self.weight.shape[1]), self.dtype, token_ids.device)
         return embedding(token_ids, self.weight, out=out)

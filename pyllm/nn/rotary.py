@@ -40,7 +40,7 @@ def rotary_table(dim, n_positions, theta, scaling=None, factors=None) -> torch.T
     if factors is not None:
         if factors.numel() != dim // 2:
             raise ValueError(f"rope_freqs: expected {dim // 2} factors, got {factors.numel()}")
-        frequencies = frequencies / factors.double().numpy()
+        frequencies = frequencies / factors.double().cpu().numpy()
     # In NumPy: PyTorch would start threads of its own for this, and lose more time than it takes.
     angles = np.outer(np.arange(n_positions, dtype=np.float64), frequencies)
     table = np.empty((n_positions, dim), dtype=np.float32)

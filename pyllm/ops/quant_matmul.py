@@ -99,6 +99,16 @@ def pack_fragments(weight: QuantTensor, *, backend=None) -> QuantFragments:
     return _PACK.implementation(weight.packed, backend)(weight)
 
 
+def place(weight: QuantTensor, device) -> QuantTensor | QuantFragments:
+    """`weight` on `device`, in the one form that `quant_matmul` reads there.
+
+    Args:
+        device: a torch.device.
+    """
+    weight = weight.to(device)
+    return pack_fragments(weight) if _OP.choose(device.type) == "cuda" else weight
+
+
 @_OP.register("reference")
 def _reference(x, weight, bias, out):
     if isinstance(x, QuantRows):

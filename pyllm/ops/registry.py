@@ -1,8 +1,8 @@
 """Which backend serves a call.
 
 The choice, in this order: the ``backend=`` argument, a `use` block, ``PYLLM_BACKEND``, then
-`RULES`. A backend that was asked for and cannot serve raises `BackendError`; nothing falls back
-silently.
+`RULES`. Several may be named, ``"emulator,triton,reference"``: the first that has the op serves. If
+none of those that were asked for can serve, `BackendError` is raised; nothing falls back silently.
 """
 
 import os
@@ -53,6 +53,13 @@ class BackendError(RuntimeError):
     """The backend that was asked for cannot serve this call; the message says why."""
 
 
+def check_names(backends: str | None) -> None:
+    """Raises ValueError unless all of ``"name,name"`` are backends."""
+    for name in backends.split(",") if backends else []:
+        if name not in BACKENDS:
+            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {name!r}")
+
+
 class Op:
     """The implementations of one op, by backend. All take the same arguments."""
 
@@ -85,10 +92,11 @@ class Op:
         """The name of the backend that serves, see the module's docstring."""
         asked = backend or default_backend()
         if asked:
-            why = self.refusal(asked, device_type)
-            if why:
-                raise BackendError(f"{self.name}: backend {asked!r} was asked for, but {why}")
-            return asked
+            for name in asked.split(","):
+                why = self.refusal(name, device_type)
+                if why is None:
+                    return name
+            raise BackendError(f"{self.name}: backend {asked!r} was asked for, but {why}")
         for name in RULES.get(device_type, ("reference",)):
             if self.refusal(name, device_type) is None:
                 return name

@@ -174,6 +174,12 @@ class QuantTensor:
         """16 or 32: the groups of `packed`, and those in which the CPU rounds activations."""
         return _packed_group_size(self.group_size)
 
+    def to(self, device) -> "QuantTensor":
+        """The same weight on another device."""
+        if self.packed.device == torch.device(device):
+            return self
+        return replace(self, packed=self.packed.to(device))
+
     def parts(self):
         """``(q uint8 [N, K], scale float16 [N, G], minimum float16 [N, G] or None)``."""
         q, *parts = packing.unpack(*self.kernel_arguments())

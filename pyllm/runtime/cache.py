@@ -19,21 +19,31 @@ class OutOfPages(RuntimeError):
 class PagedCache:
     """Keys and values of all layers.
 
+    Args:
+        spare_pages: more pages at the end, which are never handed out.
+        allocate: makes the memory, a uint8 tensor of so many bytes.
+        side_by_side: whether keys lie side by side, element by element. The CPU kernels like it,
+            which have nothing to transpose then.
+
     Attributes:
         layers: for each layer ``(k, v)``, both ``[pages, page_size, kv_heads, head_dim]``.
     """
 
-    def __init__(self, *, n_layers, n_pages, page_size, kv_heads, head_dim, dtype):
+    def __init__(
+        self, *, n_layers, n_pages, page_size, kv_heads, head_dim, dtype, spare_pages=0,
+        allocate=allocate, side_by_side=True,
+    ):  # fmt: skip
         self.page_size = page_size
         self.n_pages = n_pages
-        # One stretch of memory for all layers, in large pages: it still grows only with use, since
-        # the layers of a page follow each other. In each come the keys of a head and then its
-        # values, so that a decoding step reads them from memory in long runs; and the keys lie
-        # side by side, element by element, so that it has nothing to transpose.
-        shape = (n_pages, n_layers, kv_heads, 2, page_size * head_dim)
+        # One stretch of memory for all layers: in the processor's memory it still grows only with
+        # use, since the layers of a page follow each other. In each come the keys of a head and
+        # then its values, so that a decoding step reads them from memory in long runs.
+        shape = (n_pages + spare_pages, n_layers, kv_heads, 2, page_size * head_dim)
         memory = allocate(math.prod(shape) * dtype.itemsize).view(dtype).view(shape)
-        keys = memory[..., 0, :].unflatten(-1, (head_dim, page_size)).permute(1, 0, 4, 2, 3)
-        values = memory[..., 1, :].unflatten(-1, (page_size, head_dim)).permute(1, 0, 3, 2, 4)
+        rows = memory.unflatten(-1, (page_size, head_dim)).permute(3, 1, 0, 4, 2, 5)
+        keys, values = rows
+        if side_by_side:
+            keys = memory[..., 0, :].unflatten(-1, (head_dim, page_size)).permute(1, 0, 4, 2, 3)
         self.layers = list(zip(keys, values, strict=True))
         self._refs = [0] * n_pages
         # Free pages in the order in which they are taken: never used ones first, then those whose

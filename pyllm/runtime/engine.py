@@ -2,15 +2,18 @@
 
 import time
 from collections import OrderedDict
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import accumulate
 from threading import RLock
 
 import numpy as np
 import torch
 
-from pyllm.ops import alloc, registry, sample
-from pyllm.runtime.batch import Batch
+from pyllm.ops import registry, sample
 from pyllm.runtime.cache import PagedCache
-from pyllm.runtime.graph import Arena, capture
+from pyllm.runtime.device import Processor
+from pyllm.runtime.inputs import Inputs, Packed
 from pyllm.runtime.scheduler import Scheduler
 from pyllm.runtime.sequence import Sequence, TokenLogprob
 
@@ -25,7 +28,8 @@ class Engine:
     """Runs a model over a paged cache.
 
     Every step is captured and replayed: between two kernels no thread goes to sleep, and a step in
-    which every sequence decodes one token is captured only once for each number of sequences.
+    which every sequence decodes one token is captured only once for each number of sequences. On a
+    GPU only such steps are captured, for some numbers of sequences that others are padded to.
 
     A step may have guessed tokens at the end of a sequence's new ones (see `PromptLookup`). All of
     them are sampled as if those before were right, and they count up to the first that was not. The
@@ -42,34 +46,46 @@ class Engine:
         cache_tokens: tokens that the cache holds for all sequences together.
         cache_dtype: of keys and values.
         replay: False runs every step eagerly, for debugging.
-        backend: of all ops, see `pyllm.ops.registry`. The reference runs eagerly: what PyTorch
-            computes cannot be captured.
+        backend: of all ops, see `pyllm.ops.registry`. On the processor others than ``cpu`` run
+            eagerly: what PyTorch computes cannot be captured there.
+        device: a `Processor` or a `Gpu` of `pyllm.runtime.device`, where the model's weights are.
     """
 
     def __init__(
         self, model, *, max_context, max_batch=8, max_tokens=512, cache_tokens=None,
         cache_dtype=torch.float16, page_size=PAGE_SIZE, replay=True,
-        backend=None,
+        backend=None, device=None,
     ):  # fmt: skip
         self.model = model
+        self.device = device or Processor()
         self.max_context = max_context
         c = model.config
+        attention = registry.OPS["paged_attention"]
         pages = -(-max_context // page_size)
         self.cache = PagedCache(
             n_layers=c.n_layers,
             n_pages=max(pages, -(-(cache_tokens or max_context) // page_size)),
             page_size=page_size, kv_heads=c.n_kv_heads, head_dim=c.head_dim, dtype=cache_dtype,
+            spare_pages=1, allocate=self.device.allocate,
+            side_by_side=attention.choose(self.device.torch_device.type, backend) == "cpu",
         )  # fmt: skip
         model.prepare(max_context)
         rows = max(max_batch, DRAFT_ROWS)
         self.scheduler = Scheduler(self.cache, max_batch, max(max_tokens, max_batch), rows)
-        self.inputs = _Inputs(max_batch, self.scheduler.max_tokens, rows, pages)
-        self.sampler = _SamplerInputs(rows, max_context)
+        self.inputs = Inputs(
+            self.device, max_batch=self.device.padded(max_batch),
+            max_tokens=self.device.padded(self.scheduler.max_tokens),
+            max_rows=self.device.padded(rows), max_pages=pages, max_context=max_context,
+            spare_page=self.cache.n_pages,
+        )  # fmt: skip
+        n = self.device.padded(rows)
+        fields = {"tokens": ((n,), torch.int32), "logprobs": ((n,), torch.float32)}
+        self.results = Packed(self.device, fields)
         self.backend = backend or registry.default_backend()
-        self.replay = replay and self.backend != "reference"
-        self._arena = Arena()
+        self.replay = replay and self.device.captures(self.backend)
         self._graphs = OrderedDict()  # the latest used last
-        self._checked = False
+        self._under_way: _Step | None = None
+        self._turn = 0
         self._lock = RLock()
 
     def add(self, sequence: Sequence) -> None:
@@ -84,30 +100,31 @@ class Engine:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """Runs one step of all requests; those that are complete are finished and dropped."""
+        """Runs one step of all requests; those that are complete are finished and dropped.
+
+        A GPU is given a step while it works on the one before, which is finished meanwhile: then an
+        answer is seen to be complete one step late. Where a step hangs on the tokens of the one
+        before, it waits for them.
+        """
         with self._lock:
-            work = self.scheduler.schedule()
-            if not work:
+            before = self._under_way
+            work = before and self.scheduler.follow(before.work)
+            if work:
+                self._begin(work, before)
+                self._finish(before)
                 return
-            now = time.perf_counter()
-            for sequence, _ in work:
-                if sequence.started is None:
-                    sequence.started = now
-            sampled, n_outputs = [], []  # sampled: (sequence, index of the token) of each row
-            for sequence, tokens in work:
-                # After the last token that is certain and after every guess.
-                end = sequence.n_computed + len(tokens) + 1
-                after = range(len(sequence.token_ids), end)
-                sampled += [(sequence, i) for i in after]
-                n_outputs.append(len(after))
-            self.inputs.fill(work, n_outputs)
-            self.sampler.fill(sampled)
-            self._take(work, *self._run(work, len(sampled)))
+            self._settle()
+            work = self.scheduler.schedule()
+            if work:
+                self._begin(work)
+                if self.device.in_flight == 1:
+                    self._settle()
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
         """float32 ``[T, vocab]``: the logits after every token, computed afresh."""
         with self._lock:
+            self._settle()
             sequence = Sequence(token_ids, None, None, (), len(token_ids), 0)
             out = torch.empty(len(token_ids), self.model.config.vocab_size)
             try:
@@ -115,10 +132,10 @@ class Engine:
                     done = sequence.n_computed
                     n = min(len(token_ids) - done, self.scheduler.max_tokens)
                     self.cache.extend(sequence.pages, done + n)
-                    self.inputs.fill([(sequence, token_ids[done : done + n])], [n])
-                    batch = self.inputs.batch(1, n, n, self.cache.layers)
-                    with alloc.use(self._arena), registry.use(self.backend):
-                        out[done : done + n] = self.model.logits(self.model(batch))
+                    self.inputs.fill([(sequence, token_ids[done : done + n])], [n], [], 1)
+                    part = out[done : done + n]
+                    self.device.run(lambda part=part, n=n: part.copy_(self._logits(1, n, n)))
+                    self.device.synchronize()
                     sequence.n_computed += n
             finally:
                 self.cache.release(sequence.pages)
@@ -131,163 +148,148 @@ class Engine:
             seconds = [ns / repeats / 1e9 for ns in plan.profile(repeats)]
             return list(zip(plan.names(), seconds, strict=True))
 
-    def _run(self, work, n_rows):
-        """Runs a step whose inputs are filled: logits, tokens and log-probabilities of the rows."""
-        n_tokens = sum(len(tokens) for _, tokens in work)
-        size = (len(work), n_tokens, n_rows)
-        if not self.replay:
-            with alloc.use(self._arena):
-                return self._forward(*size)
-        graph = self._graphs.get(size)
-        if graph is None:
-            # The code of all steps is one: the first capture checks it.
-            graph = capture(lambda: self._forward(*size), self._arena, check=not self._checked)
-            self._checked = True
-            # Decoding steps come again, and so do full chunks of a long prompt; other sizes hardly.
-            if n_tokens <= self.scheduler.max_rows or n_tokens == self.scheduler.max_tokens:
-                self._graphs[size] = graph
-                if len(self._graphs) > MAX_GRAPHS:
-                    self._graphs.popitem(last=False)
-        else:
-            self._graphs.move_to_end(size)
-        return graph.replay()
+    def _begin(self, work, before=None):
+        """Begins a step, of tokens that `before` samples if there is such a step."""
+        now = time.perf_counter()
+        sampled, n_outputs, n_tokens = [], [], 0  # sampled: (sequence, index of its token) by row
+        for sequence, tokens in work:
+            if sequence.started is None:
+                sequence.started = now
+            end = sequence.n_computed + len(tokens) + 1
+            # After the last token that is certain and after every guess.
+            after = range(max(len(sequence.token_ids), sequence.n_computed + 1), end)
+            sampled += [(sequence, i) for i in after]
+            n_outputs.append(len(after))
+            n_tokens += len(tokens)
+        n_sequences, n_rows = len(work), len(sampled)
+        if n_sequences == n_tokens == n_rows:
+            n_sequences = n_tokens = n_rows = self.device.padded(n_rows)
+        rows = before and before.rows(sequence for sequence, _ in work)
+        tokens = self.results.tensors["tokens"]
+        self.inputs.fill(work, n_outputs, sampled, n_sequences, rows, tokens)
+        self._turn = (self._turn + 1) % self.device.in_flight
+        begins = [sequence.n_computed for sequence, _ in work]
+        step = _Step(work, begins, n_outputs, self.results.arrays[self._turn])
+        self._run(step, (n_sequences, n_tokens, n_rows))
+        step.wait = self.results.download(self._turn)
+        self._under_way = step
+        for sequence, tokens in work:
+            sequence.n_computed += len(tokens)
+
+    def _run(self, step, size):
+        """Begins to run a step whose inputs are filled."""
+
+        def forward():
+            return self._forward(*size)
+
+        run, (_, n_tokens, n_rows) = forward, size
+        if self.replay and (self.device.captures_all or n_tokens == n_rows):
+            graph = self._graphs.get(size)
+            if graph is None:
+                graph = self.device.capture(forward)
+                # Decoding steps come again, and so do full chunks of a long prompt; other sizes
+                # hardly.
+                if n_tokens <= self.scheduler.max_rows or n_tokens == self.scheduler.max_tokens:
+                    self._graphs[size] = graph
+                    if len(self._graphs) > MAX_GRAPHS:
+                        self._graphs.popitem(last=False)
+            else:
+                self._graphs.move_to_end(size)
+            run = graph.replay
+
+        def set_logits():
+            step.logits = run()
+
+        self.device.run(set_logits)
 
     def _forward(self, n_sequences, n_tokens, n_rows):
+        logits = self._logits(n_sequences, n_tokens, n_rows)
+        if n_rows:
+            out = tuple(self.results.tensors[name][:n_rows] for name in ("tokens", "logprobs"))
+            arguments = self.inputs.sampler_arguments(n_rows)
+            sample(logits, **arguments, out=out, backend=self.backend)
+        return logits
+
+    def _logits(self, n_sequences, n_tokens, n_rows):
+        """float32 ``[n_rows, vocab]``, or None of no rows."""
         batch = self.inputs.batch(n_sequences, n_tokens, n_rows, self.cache.layers)
         with registry.use(self.backend):
             hidden = self.model(batch)
-            if n_rows == 0:
-                return None, None, None
-            logits = self.model.logits(hidden)
-            return logits, *sample(logits, **self.sampler.arguments(n_rows))
+            return self.model.logits(hidden) if n_rows else None
 
-    def _take(self, work, logits, sampled, logprobs):
+    def _settle(self):
+        """Finishes the step that is under way, if there is one."""
+        step, self._under_way = self._under_way, None
+        if step:
+            self._finish(step)
+
+    def _finish(self, step):
+        """Waits for a step and hands out what it sampled."""
+        step.wait()
         now = time.perf_counter()
-        sampled = [] if sampled is None else sampled.tolist()
+        sampled = step.results["tokens"][: sum(step.n_outputs)].tolist()
         row = 0
-        for sequence, tokens in work:
-            done = sequence.n_computed
-            sequence.n_computed += len(tokens)
-            n_drafted = sequence.n_computed - len(sequence.token_ids)
-            if n_drafted >= 0:
-                draft = tokens[len(tokens) - n_drafted :]
-                n_accepted = 0
-                for i, token in enumerate(sampled[row : row + n_drafted + 1]):
-                    self._append(sequence, token, logits[row + i], logprobs[row + i], now)
-                    right = i < n_drafted and draft[i] == token
-                    n_accepted += right
-                    if not right or sequence.finished:
-                        break
-                row += 1 + n_drafted
-                sequence.n_computed = len(sequence.token_ids) - 1
-                if n_drafted:
-                    sequence.lookup.update(n_drafted, n_accepted)
-                    sequence.usage.drafted_tokens += n_drafted
-                    sequence.usage.accepted_tokens += n_accepted
-            self.cache.remember(sequence.pages, sequence.token_ids, done, sequence.n_computed)
-            if sequence.finished:
-                self.scheduler.drop(sequence)
+        parts = zip(step.work, step.begins, step.n_outputs, strict=True)
+        for (sequence, tokens), begin, n in parts:
+            if sequence.pages:  # else it is over: it was dropped, or had ended one step before
+                known = begin + len(tokens)
+                if n:
+                    self._take(sequence, tokens[len(tokens) - n + 1 :], step, row, sampled, now)
+                    known = min(known, len(sequence.token_ids) - 1)
+                self.cache.remember(sequence.pages, sequence.token_ids, begin, known)
+                if sequence.finished:
+                    self.scheduler.drop(sequence)
+            row += n
 
-    def _append(self, sequence, token, logits, logprob, now):
+    def _take(self, sequence, draft, step, row, sampled, now):
+        """Adds a sampled token, and those of a draft that were right."""
+        n_accepted = 0
+        for i, token in enumerate(sampled[row : row + len(draft) + 1]):
+            self._append(sequence, token, step, row + i, now)
+            right = i < len(draft) and draft[i] == token
+            n_accepted += right
+            if not right or sequence.finished:
+                break
+        if draft:
+            sequence.n_computed = len(sequence.token_ids) - 1
+            sequence.lookup.update(len(draft), n_accepted)
+            sequence.usage.drafted_tokens += len(draft)
+            sequence.usage.accepted_tokens += n_accepted
+
+    def _append(self, sequence, token, step, row, now):
         n = sequence.params.logprobs
         if n is not None:
             top = []
             if n:
+                logits = step.logits[row]
                 values, ids = torch.log_softmax(logits, -1).topk(min(n, len(logits)))
                 top = list(zip(ids.tolist(), values.tolist(), strict=True))
-            sequence.logprobs.append(TokenLogprob(token, float(logprob), top))
+            logprob = float(step.results["logprobs"][row])
+            sequence.logprobs.append(TokenLogprob(token, logprob, top))
         sequence.append(token, now)
 
 
-class _Inputs:
-    """The buffers that a step reads. They stay in place, so that steps can be replayed."""
+@dataclass
+class _Step:
+    """A step that is under way.
 
-    def __init__(self, max_batch, max_tokens, max_rows, max_pages):
-        self.tensors = {
-            "token_ids": torch.zeros(max_tokens, dtype=torch.int32),
-            "positions": torch.zeros(max_tokens, dtype=torch.int32),
-            "cu_seqlens": torch.zeros(max_batch + 1, dtype=torch.int32),
-            "context_lens": torch.zeros(max_batch, dtype=torch.int32),
-            "output_rows": torch.zeros(max_rows, dtype=torch.int32),
-            "cu_outputs": torch.zeros(max_batch + 1, dtype=torch.int32),
-            "page_table": torch.zeros(max_batch, max_pages, dtype=torch.int32),
-        }
-        self._arrays = {name: tensor.numpy() for name, tensor in self.tensors.items()}
-        # Which pages each row of page_table holds. A sequence's list of pages only grows.
-        self._held = [([], 0)] * max_batch
+    Attributes:
+        work: (sequence, its new tokens) each.
+        begins: the index of each sequence's first new token.
+        n_outputs: of each sequence, how many rows of logits are sampled.
+        results: what ``wait()`` fills: arrays ``tokens`` and ``logprobs``, by row.
+        logits: float32 ``[rows, vocab]`` on the device, until the next step begins.
+    """
 
-    def fill(self, work, n_outputs):
-        """`n_outputs`: of how many of each sequence's last tokens the hidden states are wanted."""
-        a = self._arrays
-        some = sum(n_outputs) < sum(len(tokens) for _, tokens in work)  # else output_rows is unread
-        at = row = 0
-        for b, ((sequence, tokens), outputs) in enumerate(zip(work, n_outputs, strict=True)):
-            n = len(tokens)
-            begin, end = sequence.n_computed, sequence.n_computed + n
-            a["token_ids"][at : at + n] = tokens
-            a["positions"][at : at + n] = range(begin, end) if n > 1 else begin
-            at += n
-            a["cu_seqlens"][b + 1] = at
-            if some:
-                a["output_rows"][row : row + outputs] = range(at - outputs, at)
-            row += outputs
-            a["cu_outputs"][b + 1] = row
-            a["context_lens"][b] = end
-            pages, known = self._held[b]
-            if pages is not sequence.pages or known != len(pages):
-                a["page_table"][b, : len(sequence.pages)] = sequence.pages
-                self._held[b] = sequence.pages, len(sequence.pages)
+    work: list
+    begins: list[int]
+    n_outputs: list[int]
+    results: dict[str, np.ndarray]
+    wait: Callable | None = None
+    logits: torch.Tensor | None = None
 
-    def batch(self, n_sequences, n_tokens, n_rows, layers):
-        t = self.tensors
-        return Batch(
-            token_ids=t["token_ids"][:n_tokens],
-            positions=t["positions"][:n_tokens],
-            cu_seqlens=t["cu_seqlens"][: n_sequences + 1],
-            context_lens=t["context_lens"][:n_sequences],
-            page_table=t["page_table"][:n_sequences],
-            layers=layers,
-            cu_outputs=t["cu_outputs"][: n_sequences + 1],
-            output_rows=t["output_rows"][:n_rows] if n_rows < n_tokens else None,
-        )
-
-
-class _SamplerInputs:
-    """The sampler's parameters, a row a token, in buffers that stay in place."""
-
-    _FLOATS = (
-        "temperature", "top_p", "min_p",
-        "repetition_penalty", "presence_penalty", "frequency_penalty",
-    )  # fmt: skip
-
-    def __init__(self, max_rows, max_context):
-        self._tensors = {name: torch.zeros(max_rows) for name in self._FLOATS}
-        for name in ("top_k", "position", "prompt_lens", "history_lens"):
-            self._tensors[name] = torch.zeros(max_rows, dtype=torch.int32)
-        self._tensors["seed"] = torch.zeros(max_rows, dtype=torch.int64)
-        history = torch.from_numpy(np.zeros((max_rows, max_context), dtype=np.int32))
-        self._tensors["history"] = history
-        self._arrays = {name: tensor.numpy() for name, tensor in self._tensors.items()}
-        self._rows: list[Sequence] = []
-
-    def fill(self, sampled):
-        a = self._arrays
-        sequences = [sequence for sequence, _ in sampled]
-        same = self._rows == sequences
-        for row, (sequence, n) in enumerate(sampled):
-            a["position"][row] = n
-            if not same:
-                params = sequence.params
-                for name in (*self._FLOATS, "top_k"):
-                    a[name][row] = getattr(params, name)
-                a["seed"][row] = sequence.seed
-                a["prompt_lens"][row] = sequence.n_prompt
-                a["history_lens"][row] = 0
-            if sequence.params.penalized:  # and so without guesses
-                known = a["history_lens"][row]
-                a["history"][row, known:n] = sequence.token_ids[known:n]
-                a["history_lens"][row] = n
-        self._rows = sequences
-
-    def arguments(self, n):
-        return {name: tensor[:n] for name, tensor in self._tensors.items()}
+    def rows(self, sequences) -> list[int]:
+        """The row of each of `sequences`, which have one row each."""
+        ends = accumulate(self.n_outputs)
+        row = {sequence: end - 1 for (sequence, _), end in zip(self.work, ends, strict=True)}
+        return [row[sequence] for sequence in sequences]

@@ -1,14 +1,15 @@
 """Capture a step once, replay it for every token.
 
-While capturing, pyllm's ops record their launches into a plan instead of running them, and take
-their outputs from an arena that the plan keeps. A replay is one call with no Python in it, and runs
-exactly the kernels of the eager step on exactly the same arguments; what changes from step to step
-is read from the buffers that the step was captured with.
+On the processor, pyllm's ops record their launches into a plan while capturing, instead of running
+them, and take their outputs from an arena that the plan keeps. On a GPU a CUDA graph does the same.
+A replay is one call with no Python in it, and runs exactly the kernels of the eager step on exactly
+the same arguments; what changes from step to step is read from the buffers that the step was
+captured with.
 """
 
 import weakref
 from bisect import bisect
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 
 import numpy as np
 import torch
@@ -148,6 +149,38 @@ class Graph:
     def replay(self):
         """Runs the step on what its input buffers hold now."""
         self.plan.replay()
+        return self.outputs
+
+
+class CudaGraph:
+    """One captured step of a GPU; `outputs` as of a `Graph`.
+
+    A graph bakes in sizes and addresses. All graphs share the memory of `pool`: what one returned
+    is valid until another one runs.
+
+    Args:
+        step: runs on the current stream, which is not the default one.
+        pool: from ``torch.cuda.graph_pool_handle()``.
+    """
+
+    def __init__(self, step, pool):
+        # Once for real first: kernels are loaded, weights packed and scratch is made on first use.
+        step()
+        torch.cuda.synchronize()
+        self._graph = torch.cuda.CUDAGraph()
+        # Another thread may go on allocating memory.
+        self._graph.capture_begin(pool=pool, capture_error_mode="thread_local")
+        try:
+            self.outputs = step()
+        except BaseException:
+            with suppress(RuntimeError):  # what went wrong may have ended it
+                self._graph.capture_end()
+            raise
+        self._graph.capture_end()
+
+    def replay(self):
+        """Begins to run the step on what its input buffers hold by then."""
+        self._graph.replay()
         return self.outputs
 
 

@@ -10,7 +10,8 @@ from pyllm import DEFAULT_MODEL
 from pyllm.collector import paused_collector
 from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
-from pyllm.ops.registry import BACKENDS
+from pyllm.ops.registry import check_names, default_backend, use
+from pyllm.runtime.device import find_device
 from pyllm.runtime.engine import Engine
 from pyllm.runtime.lookup import PromptLookup
 from pyllm.runtime.sampling import SamplingParams
@@ -19,7 +20,7 @@ from pyllm.runtime.text import TextStream
 
 # Contexts longer than this are had by asking: the cache and the rotary table grow with them.
 _DEFAULT_CONTEXT = 8192
-_CACHE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def default_context(config) -> int:
@@ -33,11 +34,16 @@ class LLM:
     Args:
         model: a name that `pyllm pull` knows, the path of a GGUF file or of a Hugging Face
             directory, or a hub id.
-        device: ``"cpu"``; None chooses it.
-        dtype: of keys and values: ``"float16"``, ``"bfloat16"`` or ``"float32"``.
+        device: ``"cpu"``, ``"cuda"`` or ``"cuda:1"``; None takes ``PYLLM_DEVICE``, or else the
+            processor.
+        dtype: of keys and values: ``"float16"``, ``"bfloat16"`` or ``"float32"``; None is float16.
+            A GPU computes in it, too: float16 or bfloat16; None is the checkpoint's own there, or
+            bfloat16.
         max_context: tokens of a prompt and its answer together; by default the model's own limit,
             but not over 8192.
         max_batch: sequences that run at once; more wait their turn.
+        max_tokens: tokens of all sequences in one step; longer prompts take several. None: 512, and
+            2048 on a GPU.
         quantize: None keeps the weights as they are in the file; ``"int8"`` or ``"int4"`` rounds
             unquantized matrices to that many bits in groups of 32.
         head_bits: None keeps the output head as it is; 4 (or 8) rounds one of more bits. Decoding
@@ -53,20 +59,18 @@ class LLM:
     @paused_collector()
     def __init__(
         self, model=DEFAULT_MODEL, *, device=None, dtype=None, max_context=None, max_batch=8,
-        max_tokens=512, quantize=None, head_bits=None, backend=None, replay=True, progress=None,
+        max_tokens=None, quantize=None, head_bits=None, backend=None, replay=True, progress=None,
     ):  # fmt: skip
-        if device not in (None, "cpu"):
-            raise ValueError(f"device: expected 'cpu' (this version has no other), got {device!r}")
-        cache_dtype = str(dtype or "float16").removeprefix("torch.")
-        if cache_dtype not in _CACHE_DTYPES:
-            raise ValueError(f"dtype: expected {' or '.join(_CACHE_DTYPES)}, got {dtype!r}")
-        if backend not in (None, *BACKENDS):
-            raise ValueError(f"backend: expected one of {', '.join(BACKENDS)}, got {backend!r}")
+        check_names(backend)
+        where = find_device(device)
         self.path = resolve(model)
         self.checkpoint = open_checkpoint(self.path)
-        self.model = build(
-            self.checkpoint, quantize=quantize, head_bits=head_bits, progress=progress
-        )
+        dtype = _dtype(dtype, where, self.checkpoint)
+        with use(backend or default_backend()):
+            self.model = build(
+                self.checkpoint, quantize=quantize, head_bits=head_bits, progress=progress,
+                device=where.torch_device, dtype=dtype if where.halves else None,
+            )  # fmt: skip
         limit = self.model.config.max_context
         self.max_context = (
             default_context(self.model.config) if max_context is None else max_context
@@ -76,9 +80,10 @@ class LLM:
                 f"max_context: expected 1 to {limit} (the model's limit), got {max_context!r}"
             )
         self.engine = Engine(
-            self.model, max_context=self.max_context, max_batch=max_batch, max_tokens=max_tokens,
+            self.model, max_context=self.max_context, max_batch=max_batch,
+            max_tokens=max_tokens or where.max_tokens,
             cache_tokens=self.max_context * min(max_batch, 8),
-            cache_dtype=_CACHE_DTYPES[cache_dtype], replay=replay, backend=backend,
+            cache_dtype=dtype, replay=replay, backend=backend, device=where,
         )  # fmt: skip
 
     @property
@@ -226,6 +231,21 @@ class Stream(Iterator[str]):
     def __del__(self):
         if not sys.is_finalizing():
             self.close()
+
+
+def _dtype(asked, where, checkpoint) -> torch.dtype:
+    """Of keys and values, and of what a GPU computes."""
+    known = _DTYPES
+    if where.halves:
+        known = {name: dtype for name, dtype in known.items() if name != "float32"}
+    name = str(asked or "float16").removeprefix("torch.")
+    if where.halves and asked is None:
+        # Hugging Face's configurations have it.
+        own = checkpoint.metadata.get("dtype") or checkpoint.metadata.get("torch_dtype")
+        name = own if own in known else "bfloat16"
+    if name not in known:
+        raise ValueError(f"dtype: expected {' or '.join(known)}, got {asked!r}")
+    return known[name]
 
 
 def _is_ids(prompt) -> bool:

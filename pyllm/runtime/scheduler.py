@@ -62,6 +62,25 @@ class Scheduler:
         self._draft(work, budget)
         return work
 
+    def follow(self, work) -> list[tuple[Sequence, list[int]]] | None:
+        """The step after the one of `work`, whose tokens are not known yet.
+
+        Returns:
+            As `schedule`, with 0 for each token; or None if the step hangs on tokens: where one
+            sequence is not decoding or may end, wants guesses or penalties, or another may start.
+        """
+        alive = [sequence for sequence, _ in work if sequence.pages]
+        may_start = self.waiting and len(self.running) < self.max_batch
+        if may_start or len(alive) != len(self.running) or self.cache.n_free < len(alive):
+            return None
+        for s in alive:
+            n, p = len(s.token_ids), s.params
+            if s.n_computed != n or n + 1 >= s.limit or s.lookup or p.penalized or p.logprobs:
+                return None
+        for s in alive:
+            self.cache.extend(s.pages, s.n_computed + 1)
+        return [(s, [0]) for s in alive]
+
     def _draft(self, work, budget):
         """Adds guessed tokens to the sequences that want them, sharing what room there is."""
         room = min(budget, self.max_rows - len(work))
