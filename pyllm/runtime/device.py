@@ -4,6 +4,7 @@ Both have the same few methods, so that the engine reads the same for either.
 """
 
 import os
+import re
 
 import numpy as np
 import torch
@@ -31,10 +32,9 @@ def find_device(name: str | None) -> "Processor | Gpu":
         ValueError: if there is no such device, or PyTorch cannot reach it; the message says why.
     """
     asked = str(name or os.environ.get("PYLLM_DEVICE") or "cpu")
-    kind, _, index = asked.partition(":")
-    if kind not in ("cpu", "cuda") or (index and (kind == "cpu" or not index.isdecimal())):
+    if not re.fullmatch("cpu|cuda(:[0-9]+)?", asked):
         raise ValueError(f"device: expected 'cpu', 'cuda' or 'cuda:1', got {asked!r}")
-    if kind == "cpu":
+    if asked == "cpu":
         return Processor()
     if torch.version.cuda is None and torch.version.hip is None:
         raise ValueError(
@@ -47,7 +47,7 @@ def find_device(name: str | None) -> "Processor | Gpu":
             f"device: {asked!r} was asked for, but PyTorch finds no GPU: `nvidia-smi` says whether "
             "the driver is installed and sees one, and CUDA_VISIBLE_DEVICES may hide it"
         )
-    number = int(index) if index else torch.cuda.current_device()
+    number = int(asked[5:] or torch.cuda.current_device())
     if number >= count:
         raise ValueError(f"device: expected 'cuda:0' to 'cuda:{count - 1}', got {asked!r}")
     return Gpu(torch.device("cuda", number))

@@ -105,7 +105,7 @@ class Inputs:
         self.tensors["history"] = device.mirror(memory).view(i32).view(shape)
         self._known = [(None, 0)] * max_rows  # whose tokens a row of it has, and how many
 
-    def fill(self, work, n_outputs, sampled, n_sequences, rows=None, tokens=None):
+    def fill(self, work, n_outputs, sampled, n_sequences, rows=None, samples=None):
         """Writes a step's inputs and begins to copy them.
 
         Args:
@@ -113,8 +113,8 @@ class Inputs:
             n_outputs: of how many of each sequence's last tokens the hidden states are wanted.
             sampled: (sequence, index of the token) for each row of logits that is sampled.
             n_sequences: how many to pad to, with one token each.
-            rows, tokens: where the tokens of `work` are not known yet: they are ``tokens[rows]``,
-                of what the step before samples, and never leave the device.
+            rows, samples: where the tokens of `work` are not known yet: they are
+                ``samples[rows]``, of what the step before samples, and never leave the device.
         """
         self._turn = (self._turn + 1) % len(self._packed.arrays)
         a, held = self._packed.arrays[self._turn], self._held[self._turn]
@@ -145,7 +145,7 @@ class Inputs:
         self._packed.upload(self._turn, end)
         if rows is not None:
             source, out = (self.tensors[name][: len(rows)] for name in ("source", "token_ids"))
-            self._device.run(lambda: torch.index_select(tokens, 0, source, out=out))
+            self._device.run(lambda: torch.index_select(samples, 0, source, out=out))
 
     def _fill_sampler(self, a, sampled):
         sequences = [sequence for sequence, _ in sampled]

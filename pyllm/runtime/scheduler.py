@@ -66,17 +66,20 @@ class Scheduler:
         """The step after the one of `work`, whose tokens are not known yet.
 
         Returns:
-            As `schedule`, with 0 for each token; or None if the step hangs on tokens: where one
-            sequence is not decoding or may end, wants guesses or penalties, or another may start.
+            As `schedule`, with 0 for each token; or None if the step hangs on tokens: where a
+            sequence is not decoding, wants guesses or penalties, where another one may start, or
+            all have come to their limits. A sequence that ends meanwhile is run once in vain.
         """
         alive = [sequence for sequence, _ in work if sequence.pages]
         may_start = self.waiting and len(self.running) < self.max_batch
         if may_start or len(alive) != len(self.running) or self.cache.n_free < len(alive):
             return None
         for s in alive:
-            n, p = len(s.token_ids), s.params
-            if s.n_computed != n or n + 1 >= s.limit or s.lookup or p.penalized or p.logprobs:
+            p = s.params
+            if s.n_computed != len(s.token_ids) or s.lookup or p.penalized or p.logprobs:
                 return None
+        if all(len(s.token_ids) + 1 >= s.limit for s in alive):
+            return None
         for s in alive:
             self.cache.extend(s.pages, s.n_computed + 1)
         return [(s, [0]) for s in alive]
