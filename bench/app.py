@@ -58,6 +58,89 @@ def emulate(
         print(e.write(counted))
 
 
+@app.command(name="list")
+def list_():
+    """The kernels, shapes and baselines that there are, and which are absent and why."""
+    import torch
+    from rich.console import Console
+    from rich.table import Table
+
+    from . import baselines, kernels, shapes
+
+    console = Console(width=None if sys.stdout.isatty() else 120)
+    console.print("[bold]ops[/bold]", ", ".join(kernels.OPS))
+    t = Table(title="shapes", title_justify="left", box=None)
+    for name in ("name", "hidden", "intermediate", "heads", "KV heads", "head dim", "vocabulary"):
+        t.add_column(name, justify="left" if name == "name" else "right")
+    for name, shape in shapes.SHAPES.items():
+        t.add_row(name, *map(str, vars(shape).values()))
+    console.print(t)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    t = Table(title=f"baselines on {device}", title_justify="left", box=None)
+    for name in ("name", "ops", ""):
+        t.add_column(name)
+    for b in baselines.BASELINES:
+        why = b.missing(device)
+        state = f"absent: {why}" if why else "if asked for" if b.optional else ""
+        t.add_row(b.name, ", ".join(b.ops), state)
+    console.print(t)
+
+
+@app.command(name="kernels")
+def kernels_(
+    op: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,
+    shapes: Annotated[
+        str | None, typer.Option(help="Models, joined by commas, or sizes; see `list`.")
+    ] = None,
+    dtype: Annotated[str | None, typer.Option(help="float32, bfloat16 or float16.")] = None,
+    backend: Annotated[str | None, typer.Option(help="Of ours; default: the one in use.")] = None,
+    baseline: Annotated[
+        str | None, typer.Option(help="Joined by commas, or none; default: the quick ones.")
+    ] = None,
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any.")] = None,
+    match: Annotated[str | None, typer.Option(help="Only cases that have this in them.")] = None,
+    threads: Threads = None, rounds: Rounds = 15,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="JSON there, and CSV beside it; default: bench-results/.")
+    ] = None,
+):  # fmt: skip
+    """Kernels beside their baselines, verified first. JSON and CSV are always written."""
+    import torch
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    from . import kernels, record
+    from . import shapes as s
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    where = record.environment(_threads(threads))
+    columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("limits", total=None)
+        data = kernels.measure(
+            op, s.parse(shapes) if shapes else None, dtype, backend, baseline, device=device,
+            threads=threads, rounds=rounds, match=match,
+            progress=lambda done, total, text: bar.update(
+                task, completed=done, total=total, description=text
+            ),
+        )  # fmt: skip
+    if markdown:
+        print(kernels.markdown(data), end="")
+    else:
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        console.print(kernels.table(data))
+        for line in kernels.remarks(data):
+            console.print(line)
+        if where["contended"]:
+            console.print(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
+    name = "-".join(["kernels", *sorted(op or [])]) + ".json"
+    out = out or Path("bench-results") / record.device(_threads(threads)) / name
+    record.write(out, data, where)
+    kernels.write_csv(data, out.with_suffix(".csv"))
+    print(out, file=sys.stderr)
+
+
 @app.command(name="end_to_end")
 def end_to_end(
     model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, minutes: Minutes = None,

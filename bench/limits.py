@@ -37,6 +37,38 @@ def measure(threads=None) -> dict:
         _C.set_num_threads(before)
 
 
+def measure_cuda() -> dict:
+    """Those of the current CUDA device: of copying memory, and of PyTorch's largest matmuls."""
+    import torch
+
+    x, y = (torch.empty(1 << 28, device="cuda").normal_() for _ in range(2))
+    found = {"read_gb_per_s": 2 * x.nbytes / _cuda_seconds(lambda: y.copy_(x)) / 1e9}
+    n = 8192
+    for name, dtype in {"bfloat16": torch.bfloat16, "float16": torch.float16}.items():
+        a, b = (torch.randn(n, n, device="cuda", dtype=dtype) for _ in range(2))
+        found[f"{name}_gflops"] = 2 * n**3 / _cuda_seconds(lambda a=a, b=b: a @ b) / 1e9
+    q, r = (torch.randint(-127, 128, (n, n), device="cuda", dtype=torch.int8) for _ in range(2))
+    found["int8_gops"] = 2 * n**3 / _cuda_seconds(lambda: torch._int_mm(q, r.t())) / 1e9
+    a, b = (torch.randn(n, n, device="cuda") for _ in range(2))
+    found["float32_gflops"] = 2 * n**3 / _cuda_seconds(lambda: a @ b, 3) / 1e9
+    return found
+
+
+def _cuda_seconds(run, repeats=10) -> float:
+    """The best of `repeats`."""
+    import torch
+
+    best = float("inf")
+    for _ in range(repeats + 1):
+        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        begin.record()
+        run()
+        end.record()
+        end.synchronize()
+        best = min(best, begin.elapsed_time(end) / 1e3)
+    return best
+
+
 def _seconds(function, *arguments):
     begin = time.perf_counter()
     result = function(*arguments)

@@ -1,85 +1,54 @@
-"""paged_attention beside PyTorch's attention: ``python -m bench.paged_attention``.
-
-Prints for each shape the median and quartiles in microseconds, the GB/s of the cache that is read
-and the GFLOP/s. Every call reads another layer's cache, as decoding does.
-"""
-
-import statistics
-import sys
-import time
-from pathlib import Path
+"""`paged_attention` with the heads of models: decoding at several depths and batch sizes."""
 
 import torch
 
-from pyllm.ops import paged_attention
+from pyllm import ops
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
-from cases import PagedBatch, rand
+from .case import Case
 
-# Name, sequences as (new tokens, past), query heads, KV heads and head dim, of SmolLM2-135M and
-# Llama-3.2-1B.
-SHAPES = [
-    ("decode 512", [(1, 511)], 9, 3, 64),
-    ("decode 2048", [(1, 2047)], 9, 3, 64),
-    ("decode 8 x 512", [(1, 511)] * 8, 9, 3, 64),
-    ("prefill 512", [(512, 0)], 9, 3, 64),
-    ("decode 2048, 1B", [(1, 2047)], 32, 8, 64),
-    ("prefill 512, 1B", [(512, 0)], 32, 8, 64),
-]
-LAYERS = 30
+PAGE = 32
 
 
-def prepare(sequences, heads, kv_heads, head_dim, dtype=torch.float16):
-    """Calls of ours and of torch, one a layer, and the bytes and operations of each."""
-    batch = PagedBatch(sequences)
-    q = rand(batch.tokens, heads, head_dim)
+def cases(model, shape, setting):
+    """One token for each sequence of a batch, and one prompt."""
+    if setting.small:
+        runs = [(2, 1, 40)]
+    elif setting.device == "cpu":
+        runs = [(1, 1, 512), (1, 1, 2048), (8, 1, 512), (1, 512, 512)]
+    else:
+        runs = [(1, 1, 2048), (1, 1, 8192), (1, 1, 32768), (16, 1, 8192), (64, 1, 2048)]
+    for batch, new, keys in runs:
+        yield _case(model, batch, new, keys, shape, setting)
+
+
+def _case(model, batch, new, keys, shape, setting):
+    pages = -(-keys // PAGE)
+    cache_dtype = torch.float16 if setting.device == "cpu" else setting.dtype
+    order = torch.randperm(batch * pages).int().view(batch, pages).to(setting.device)
     tables = {
-        "cu_seqlens_q": batch.cu_seqlens_q,
-        "page_table": batch.page_table,
-        "context_lens": batch.context_lens,
+        "cu_seqlens_q": setting.integers(range(0, batch * new + 1, new)),
+        "page_table": order,
+        "context_lens": setting.integers([keys] * batch),
     }
-    ours, torchs = [], []
-    for layer in range(LAYERS):
-        shape = (batch.n_pages, batch.page_size, kv_heads, head_dim)
-        k, v = (rand(*shape, dtype=dtype, seed=2 * layer + i) for i in (0, 1))
-        ours.append(lambda k=k, v=v: paged_attention(q, k, v, **tables))
-        new, keys = sequences[0][0], sum(sequences[0])
-        dense = [
-            x.flatten(0, 1)[: len(sequences) * keys].view(len(sequences), keys, kv_heads, -1)
-            .transpose(1, 2).float()
-            for x in (k, v)
-        ]  # fmt: skip
-        queries = q.view(len(sequences), new, heads, head_dim).transpose(1, 2)
-        torchs.append(
-            lambda dense=dense, queries=queries, causal=new > 1: (
-                torch.nn.functional.scaled_dot_product_attention(
-                    queries, *dense, is_causal=causal, enable_gqa=True
-                )
-            )
-        )
-    seen = sum(past * new + new * (new + 1) // 2 for new, past in sequences)
-    n_bytes = 2 * sum(map(sum, sequences)) * kv_heads * head_dim * dtype.itemsize
-    return ours, torchs, n_bytes, 4 * seen * heads * head_dim
+    size = (batch * pages, PAGE, shape.kv_heads, shape.head_dim)
 
+    def make():
+        return {
+            "q": setting.rand(batch * new, shape.heads, shape.head_dim),
+            "k_cache": setting.rand(*size, dtype=cache_dtype),
+            "v_cache": setting.rand(*size, dtype=cache_dtype), **tables,
+        }  # fmt: skip
 
-def main():
-    for name, *shape in SHAPES:
-        ours, torchs, n_bytes, operations = prepare(*shape)
-        times = {"pyllm": [], "torch (float32)": []}
-        for repeat in range(6):
-            for label, calls in zip(times, (ours, torchs), strict=True):
-                for call in calls:
-                    begin = time.perf_counter()
-                    call()
-                    if repeat:
-                        times[label].append((time.perf_counter() - begin) * 1e6)
-        for label, values in times.items():
-            low, median, high = statistics.quantiles(values, n=4)
-            print(
-                f"{name:16} {label:16} {median:8.1f} us ({low:.1f} to {high:.1f})"
-                f" {n_bytes / median / 1e3:6.1f} GB/s {operations / median / 1e3:7.1f} GFLOP/s"
-            )
+    def call(a, backend):
+        return ops.paged_attention(**a, backend=backend)
 
-
-if __name__ == "__main__":
-    main()
+    seen = batch * sum(range(keys - new + 1, keys + 1))
+    cache = 2 * batch * keys * shape.kv_heads * shape.head_dim * cache_dtype.itemsize
+    queries = 2 * batch * new * shape.heads * shape.head_dim * setting.dtype.itemsize
+    arithmetic = "float32_gflops" if setting.device == "cpu" else "bfloat16_gflops"
+    what = f"{batch} x {new} after {keys - new}, d{shape.head_dim}"
+    return Case(
+        "paged_attention", f"{model}, {what}", make, call, cache + queries,
+        4 * seen * shape.heads * shape.head_dim, arithmetic, size=keys,
+        options={"batch": batch, "keys": keys},
+    )  # fmt: skip

@@ -1,0 +1,266 @@
+"""Kernels beside their baselines: verified first, then timed, then set against the roofline."""
+
+import csv
+import importlib
+import os
+from pathlib import Path
+
+import torch
+
+from pyllm import testing
+from pyllm.ops import registry
+
+from . import baselines, limits, timing
+from .case import Setting, nbytes, tensors, wide
+from .shapes import SHAPES
+
+# What can be timed: each is a module here, with `cases(model, shape, setting)`.
+OPS = (
+    "flash_attention", "paged_attention", "layer_norm", "rms_norm", "quant_matmul", "matmul",
+    "rope_cache", "activation", "sample",
+)  # fmt: skip
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+# Sets of arguments together are this many times the last cache, as far as so many sets do it.
+CACHES, MOST_SETS = 4, 64
+# Backends on CPU tensors that execute GPU kernels: for seeing that all works, not for timing.
+EMULATED = {"emulator"}
+
+
+def measure(
+    ops=None, shapes=None, dtype=None, backend=None, baseline=None, *, device="cpu", threads=None,
+    rounds=15, match=None, progress=lambda done, total, text: None,
+):  # fmt: skip
+    """Verifies and times every case.
+
+    Args:
+        ops: names out of `OPS`; None for all.
+        shapes: `Shape` by name; None for SmolLM2-135M on a CPU and Llama-3-8B on a GPU.
+        dtype: of `DTYPES`; None for float32 on a CPU, the runtime's there, and bfloat16 on a GPU.
+        backend: of ours; None for the one that `registry` picks.
+        baseline: names joined by commas, see `baselines.select`.
+        match: only cases whose shape has this in it.
+
+    Raises:
+        AssertionError: where a result is wrong: what is wrong is not timed.
+    """
+    dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
+    shapes = shapes or {n: SHAPES[n] for n in ["smollm2-135m" if device == "cpu" else "llama3-8b"]}
+    if unknown := set(ops or ()) - set(OPS):
+        raise ValueError(f"--op: expected {', '.join(OPS)}; got {', '.join(sorted(unknown))}")
+    if dtype not in DTYPES:
+        raise ValueError(f"--dtype: expected {', '.join(DTYPES)}; got {dtype}")
+    others, absent = baselines.select(baseline, device)
+    small = backend in EMULATED or (backend == "triton" and device == "cpu")
+    setting = Setting(device, DTYPES[dtype], small or set(shapes) == {"tiny"})
+    threads = _set_threads(threads)
+    found = [
+        case
+        for op in ops or OPS
+        for name, shape in shapes.items()
+        for case in _cases(op, name, shape, setting)
+        if not match or match in case.shape
+    ]
+    roof = limits.measure(threads) if device == "cpu" else limits.measure_cuda()
+    rows = []
+    for i, case in enumerate(found):
+        progress(i, len(found), f"{case.op} {case.shape}")
+        rows.append(_row(case, setting, backend, others, roof, rounds))
+    progress(len(found), len(found), "done")
+    return {
+        "kind": "kernels", "device": device, "threads": threads, "dtype": dtype, "limits": roof,
+        "rows": rows, "absent": absent, "emulated": small,
+    }  # fmt: skip
+
+
+def _set_threads(threads):
+    from pyllm import _C
+
+    threads = threads or _C.num_threads()
+    _C.set_num_threads(threads)
+    torch.set_num_threads(threads)
+    return threads
+
+
+def _cases(op, name, shape, setting):
+    module = importlib.import_module(f".{op}", __package__)
+    return list(module.cases(name, shape, setting))
+
+
+def verify(case, arguments, backend) -> str:
+    """Holds the kernel to the rule of the tests; returns the backend that served."""
+    first = next(iter(arguments.values()))
+    op = registry.OPS[case.op]
+    chosen = op.choose(first.device.type, backend)
+    if chosen != "reference":
+        meant = case.meant(arguments, chosen)
+        for ours, exact, rounded in zip(
+            tensors(case.call(arguments, chosen)),
+            tensors(case.call(wide(meant), "reference")),
+            tensors(baselines.TORCH[case.op](meant, case.options)()),
+            strict=True,
+        ):
+            if ours.dtype.is_floating_point:
+                testing.assert_close(ours, exact, rounded, what=case.shape)
+            else:
+                assert torch.equal(ours.long(), exact.long()), f"{case.shape}: other tokens"
+    return chosen
+
+
+def _row(case, setting, backend, others, roof, rounds):
+    first = case.make()
+    served = verify(case, first, backend)
+    sets = [first, *(case.make() for _ in range(_n_sets(first, setting) - 1))]
+    contenders = {"pyllm": [_call(case, a, served) for a in sets]}
+    for other in others:
+        prepare = other.ops.get(case.op)
+        calls = [prepare(a, case.options) for a in sets] if prepare else [None]
+        if all(calls):
+            contenders[other.name] = calls
+    with torch.inference_mode():
+        times = timing.measure(contenders, device=setting.device, rounds=rounds)
+    floor = floor_seconds(case, roof)
+    ours = times["pyllm"].summary()
+    return {
+        "op": case.op, "shape": case.shape, "backend": served, "size": case.size,
+        "nbytes": case.nbytes, "operations": case.operations, "arithmetic": case.arithmetic,
+        "sets": len(sets), "cold": len(sets) * _set_bytes(first) >= last_cache(setting.device),
+        **ours, "gb_per_s": case.nbytes / ours["seconds"] / 1e9,
+        "gflops": case.operations / ours["seconds"] / 1e9,
+        "share": floor / ours["seconds"] if floor else None,
+        "baselines": {
+            name: {**t.summary(), **timing.ratio(times["pyllm"], t)}
+            for name, t in times.items()
+            if name != "pyllm"
+        },
+    }  # fmt: skip
+
+
+def _call(case, arguments, backend):
+    return lambda: case.call(arguments, backend)
+
+
+def floor_seconds(case, roof) -> float | None:
+    """The time below which this device cannot be: bytes over bandwidth, operations over peak."""
+    peak = roof.get(case.arithmetic) or 0
+    parts = [case.nbytes / roof["read_gb_per_s"] / 1e9]
+    if peak:
+        parts.append(case.operations / peak / 1e9)
+    return max(parts)
+
+
+def _set_bytes(arguments):
+    return sum(nbytes(v) for v in arguments.values())
+
+
+def _n_sets(arguments, setting):
+    if setting.small:
+        return 1
+    return min(MOST_SETS, 1 + CACHES * last_cache(setting.device) // _set_bytes(arguments))
+
+
+def last_cache(device) -> int:
+    """The bytes of the last cache before memory."""
+    if device == "cuda":
+        return torch.cuda.get_device_properties(0).L2_cache_size
+    sizes = [32 << 20]
+    for path in Path("/sys/devices/system/cpu/cpu0/cache").glob("index*/size"):
+        text = path.read_text().strip()
+        sizes.append(int(text[:-1]) << {"K": 10, "M": 20, "G": 30}[text[-1]])
+    return max(sizes[1:] or sizes)
+
+
+# What a row may have to be taken with: whether, and what it means.
+NOTES = {
+    "cached": (lambda r: not r["cold"], "the data of all calls together fit the last cache"),
+    "drift": (
+        lambda r: not 0.8 < r["drift"] < 1.25, "the machine's speed changed while measuring",
+    ),
+    "busy": (
+        lambda r: r["interrupted"] > r["rounds"] / 2, "others wanted the cores in most rounds",
+    ),
+}  # fmt: skip
+HEAD = ("op", "shape", "backend", "µs", "10 to 90 %", "GB/s", "GFLOP/s", "of roofline", "notes")
+
+
+def cells(data) -> tuple[list[str], list[list[str]]]:
+    """The table's head and rows, as text."""
+    names = list(dict.fromkeys(n for row in data["rows"] for n in row["baselines"]))
+    rows = []
+    for row in data["rows"]:
+        rows.append([
+            row["op"], row["shape"], row["backend"], _us(row["seconds"]),
+            f"{_us(row['low'])} to {_us(row['high'])}", f"{row['gb_per_s']:.1f}",
+            f"{row['gflops']:.0f}" if row["operations"] else "",
+            f"{row['share']:.0%}" if row["share"] else "", " ".join(notes_of(row)),
+            *(_ratio(row["baselines"].get(name)) for name in names),
+        ])  # fmt: skip
+    return [*HEAD, *(f"x {name}" for name in names)], rows
+
+
+def notes_of(row) -> list[str]:
+    return [note for note, (holds, _) in NOTES.items() if holds(row)]
+
+
+def _us(seconds):
+    return f"{seconds * 1e6:.3g}" if seconds < 1e-3 else f"{seconds * 1e6:.0f}"
+
+
+def _ratio(found):
+    if found is None:
+        return ""
+    return f"{found['ratio']:.2f}" if found["meaningful"] else "noisy"
+
+
+def remarks(data) -> list[str]:
+    """What a reader has to know beside the table."""
+    lines = []
+    if data["absent"]:
+        lines.append("absent: " + "; ".join(f"{n}, {why}" for n, why in data["absent"].items()))
+    if data["emulated"]:
+        lines.append("An emulator or interpreter ran the kernels: the times mean nothing.")
+    for note, (_, meaning) in NOTES.items():
+        if n := sum(note in notes_of(row) for row in data["rows"]):
+            lines.append(f"{note} ({n} of {len(data['rows'])}): {meaning}")
+    if any(not b["meaningful"] for r in data["rows"] for b in r["baselines"].values()):
+        lines.append(
+            f"noisy: the rounds' ratios differ by more than {timing.MEANINGLESS:.0%}, so that"
+            " their median says little"
+        )
+    return lines
+
+
+def table(data):
+    """As a rich table."""
+    from rich.table import Table
+
+    limit = ", ".join(f"{k} {v:.0f}" for k, v in data["limits"].items() if isinstance(v, float))
+    t = Table(title=f"{data['device']}, {data['dtype']}; measured limits: {limit}")
+    head, rows = cells(data)
+    for name in head:
+        left = name in ("op", "shape", "backend")
+        t.add_column(name, justify="left" if left else "right", overflow="fold")
+    for row in rows:
+        t.add_row(*row)
+    return t
+
+
+def markdown(data) -> str:
+    """The table for a paper or a pull request."""
+    head, rows = cells(data)
+    lines = [head, ["---" if i < 3 else "---:" for i in range(len(head))], *rows]
+    text = ["| " + " | ".join(line) + " |" for line in lines]
+    return "\n".join([*text, "", *remarks(data)]).strip() + "\n"
+
+
+def write_csv(data, path) -> None:
+    """One line a contender and case, in seconds and plain numbers."""
+    fields = ["op", "shape", "contender", "backend", "seconds", "low", "high", "rounds"]
+    fields += ["gb_per_s", "gflops", "share", "ratio", "meaningful"]
+    with open(path, "w", newline="") as file:
+        writer = csv.DictWriter(file, fields, extrasaction="ignore", lineterminator=os.linesep)
+        writer.writeheader()
+        for row in data["rows"]:
+            writer.writerow(row | {"contender": "pyllm"})
+            for name, other in row["baselines"].items():
+                writer.writerow({**other, "op": row["op"], "shape": row["shape"],
+                                 "contender": name})  # fmt: skip

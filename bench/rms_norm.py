@@ -1,0 +1,7 @@
+"""`rms_norm` at the hidden sizes of models."""
+
+from functools import partial
+
+from . import _norm
+
+cases = partial(_norm.cases, "rms_norm")
