@@ -67,6 +67,13 @@ def check_same(op: str, first: torch.Tensor, **tensors: torch.Tensor | None) -> 
 
 
 @functools.cache
+def arch(device: torch.device) -> int:
+    """The compute capability of a CUDA device: 90 for 9.0."""
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor
+
+
+@functools.cache
 def multiprocessors(device: torch.device) -> int:
     """How many multiprocessors the device has; the emulator pretends to an odd few."""
     if device.type == "cpu":

@@ -5,10 +5,12 @@ The choice, in this order: the ``backend=`` argument, a `use` block, ``PYLLM_BAC
 none of those that were asked for can serve, `BackendError` is raised; nothing falls back silently.
 """
 
+import functools
 import os
 import threading
 from collections.abc import Callable
 from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 
@@ -16,11 +18,46 @@ from pyllm.ops import device
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "emulator")
 
-# device type -> the backends tried in this order. The first that has the op serves.
-RULES = {
-    "cpu": ("cpu", "reference"),
-    "cuda": ("cuda", "triton", "reference"),
-}
+
+@dataclass(frozen=True)
+class Rule:
+    """A line of `RULES`; the first that fits a call counts.
+
+    Attributes:
+        ops: their names, or ``"*"`` for all.
+        device: type of the tensors' device.
+        backends: tried in this order; the first that has the op serves.
+        why: ``"predicted"`` and from what, or the file with the measurement.
+        dtypes: of the first tensor; None for any.
+        archs: from which compute capability up to which, ``(80, 90)``; None for any.
+    """
+
+    ops: str
+    device: str
+    backends: tuple[str, ...]
+    why: str
+    dtypes: tuple[torch.dtype, ...] | None = None
+    archs: tuple[int, int] | None = None
+
+    def fits(self, x: torch.Tensor) -> bool:
+        """Whether a call whose first tensor is `x` is one of those that the rule is about."""
+        if self.dtypes is not None and x.dtype not in self.dtypes:
+            return False
+        return self.archs is None or self.archs[0] <= device.arch(x.device) <= self.archs[1]
+
+
+# No rule may look at the number of rows: the bits of a token would then hang on what else is in the
+# batch, and on how a prompt is cut.
+_NOT_HALVES = (torch.float32, torch.int8, torch.float8_e4m3fn)
+RULES = (
+    Rule("*", "cpu", ("cpu", "reference"), "bench/results"),
+    Rule("flash_attention paged_attention quant_matmul", "cuda", ("triton", "reference"),
+         "the CUDA kernels take halves only", dtypes=_NOT_HALVES),
+    Rule("flash_attention", "cuda", ("triton", "cuda", "reference"),
+         "predicted: wgmma and tcgen05, where mma.sync has 60 % of the peak", archs=(90, 109)),
+    Rule("*", "cuda", ("cuda", "triton", "reference"),
+         "predicted: the C++ kernels were written for few bytes and launches"),
+)  # fmt: skip
 # Which devices a backend can read tensors of.
 DEVICES = {
     "reference": None,  # any
@@ -88,8 +125,12 @@ class Op:
             return f"this build has no {backend} kernel of it"
         return device.missing(backend, device_type)
 
-    def choose(self, device_type: str, backend: str | None = None) -> str:
-        """The name of the backend that serves, see the module's docstring."""
+    def choose(self, device_type: str, backend: str | None = None, x=None) -> str:
+        """The name of the backend that serves, see the module's docstring.
+
+        Args:
+            x: the first tensor of the call; without it, rules about some tensors do not count.
+        """
         asked = backend or default_backend()
         if asked:
             for name in asked.split(","):
@@ -97,16 +138,25 @@ class Op:
                 if why is None:
                     return name
             raise BackendError(f"{self.name}: backend {asked!r} was asked for, but {why}")
-        for name in RULES.get(device_type, ("reference",)):
-            if self.refusal(name, device_type) is None:
-                return name
+        for rule in _rules(self.name, device_type):
+            if rule.dtypes is rule.archs is None or (x is not None and rule.fits(x)):
+                for name in rule.backends:
+                    if self.refusal(name, device_type) is None:
+                        return name
+        if "reference" in self.backends:
+            return "reference"
         raise BackendError(f"{self.name}: no backend serves tensors on {device_type}")
 
     def implementation(self, x: torch.Tensor, backend: str | None = None) -> Callable:
         """The function that serves a call whose first tensor is `x`."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
-        return self.backends[self.choose(x.device.type, backend)]
+        return self.backends[self.choose(x.device.type, backend, x)]
 
 
 OPS: dict[str, Op] = {}
+
+
+@functools.cache
+def _rules(op, device_type):
+    return [r for r in RULES if r.device == device_type and (r.ops == "*" or op in r.ops.split())]

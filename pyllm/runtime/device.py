@@ -11,6 +11,7 @@ import torch
 
 from pyllm import memory
 from pyllm.ops import alloc
+from pyllm.ops.registry import OPS
 from pyllm.runtime.graph import Arena, CudaGraph, capture
 
 # Sizes that steps of one token a sequence are padded to: each takes a graph of its own.
@@ -51,6 +52,10 @@ def find_device(name: str | None) -> "Processor | Gpu":
     if number >= count:
         raise ValueError(f"device: expected 'cuda:0' to 'cuda:{count - 1}', got {asked!r}")
     return Gpu(torch.device("cuda", number))
+
+
+# Ops whose reference looks at values on the host, which no graph can hold.
+_REFERENCE_READS_VALUES = ("paged_attention", "rope_cache", "sample")
 
 
 class Processor:
@@ -167,7 +172,8 @@ class Gpu:
         return bucket(n_sequences)
 
     def captures(self, backend):
-        return backend != "reference"
+        kind = self.torch_device.type
+        return all(OPS[op].choose(kind, backend) != "reference" for op in _REFERENCE_READS_VALUES)
 
     def run(self, step):
         with torch.cuda.stream(self._stream):
