@@ -155,6 +155,35 @@ def end_to_end(
     )  # fmt: skip
 
 
+@app.command(name="gpu_decode")
+def gpu_decode(
+    shape: Annotated[str, typer.Option(help="llama3-8b or tiny.")] = "llama3-8b",
+    device: Annotated[str, typer.Option(help="cuda, cuda:1, or cpu for a dry run.")] = "cuda",
+    backend: Annotated[str | None, typer.Option(help="Of all ops; several joined by commas.")] = (
+        None
+    ),
+    dtype: Annotated[str, typer.Option(help="bfloat16 or float16.")] = "bfloat16",
+    minutes: Annotated[float, typer.Option(help="What is not begun by then is left out.")] = 7,
+    scale: Annotated[int, typer.Option(help="Divides contexts and batches: for dry runs.")] = 1,
+    peers: Annotated[bool, typer.Option(help="Hugging Face's model too.")] = True,
+    out: Out = None,
+):  # fmt: skip
+    """A large model with random weights on a GPU: decoding, a long prompt, jitter; predictions."""
+    from rich.console import Console
+
+    from . import gpu_decode as g
+    from . import record
+
+    where = record.environment(_threads(None))
+    with _status() as status:
+        data = g.measure(
+            shape, device, backend, dtype, minutes, peers, scale, progress=status.update
+        )
+    Console(width=None if sys.stdout.isatty() else 200).print(g.table(data))
+    if out:
+        record.write(out, data, where)
+
+
 @app.command()
 def context(
     model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, minutes: Minutes = None,

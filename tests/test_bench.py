@@ -11,6 +11,7 @@ import torch
 from tiny_models import tiny_gguf
 
 from pyllm import LLM
+from pyllm.bench import gpu_decode
 
 pytest.importorskip("gguf")
 ROOT = Path(__file__).parents[1]
@@ -258,3 +259,21 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
     assert runs == ["a", "c", "a"]
     with pytest.raises(ValueError, match=r"part: expected profile, .*, got nothing"):
         suite.run(tmp_path, ["a"], only=["nothing"], **options)
+
+
+def test_gpu_decode_runs_dry_and_predicts():
+    """With no GPU: all of it but the speed, which is another machine's."""
+    data = gpu_decode.measure("tiny", "cpu", "reference", "float16", scale=256)
+    assert [t["name"] for t in data["tests"]] == [t.name for t in gpu_decode.TESTS]
+    assert all(t["step_ms"] > 0 and t["prompt_tokens_per_s"] > 0 for t in data["tests"])
+    assert gpu_decode.table(data).row_count == len(gpu_decode.TESTS)
+
+    config = gpu_decode.config_of("llama3-8b", 32, 8194)
+    assert sum(gpu_decode.parameters_of(config)) == 7_504_658_432  # Llama-3-8B less its embedding
+    by_name = {t.name: t for t in gpu_decode.TESTS}
+    one, int4 = by_name["bf16, 1 sequence at 2k"], by_name["int4, 1 sequence at 2k"]
+    peaks = gpu_decode.PEAKS["H100"]
+    assert 1.5e10 < gpu_decode.step_bytes(config, one) < 1.56e10
+    ratio = gpu_decode.predict(config, one, peaks)["step"]
+    ratio /= gpu_decode.predict(config, int4, peaks)["step"]
+    assert 2.5 < ratio < 3.5
