@@ -1,7 +1,7 @@
 # The commands people expect. They use the active Python environment; CI is .ci/run.
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: install build test lint format bench clean
+.PHONY: install build test lint format bench figures clean
 
 # Editable, with everything that developing needs.
 install:
@@ -26,6 +26,10 @@ format:
 
 bench:
 	python -m bench
+
+# The plots, pages and tables of bench/results, from the JSON there.
+figures:
+	python -m bench plot
 
 clean:
 	rm -rf build dist *.egg-info pyllm/_C*.so .pytest_cache .ruff_cache .hypothesis

@@ -50,16 +50,28 @@ def write(path, data, where) -> None:
 
 def busy_cores(seconds=1.0) -> float:
     """How many cores others use while this process sleeps; time stolen by a hypervisor counts."""
-    begin, before = time.perf_counter(), _ticks()
+    others = OtherLoad()
     time.sleep(seconds)
-    used = (_ticks() - before) / os.sysconf("SC_CLK_TCK")
-    return round(used / (time.perf_counter() - begin), 3)
+    return round(others.cores(), 3)
 
 
-def _ticks():
-    fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
-    user, nice, system, _, _, irq, soft_irq, steal = map(int, fields)
-    return user + nice + system + irq + soft_irq + steal
+class OtherLoad:
+    """How many cores others have used since this was made."""
+
+    def __init__(self):
+        self._begin = self._now()
+
+    def cores(self) -> float:
+        (wall, own, ticks), now = self._begin, self._now()
+        used = (now[2] - ticks) / os.sysconf("SC_CLK_TCK") - (now[1] - own)
+        return max(0.0, used / (now[0] - wall))
+
+    @staticmethod
+    def _now():
+        fields = Path("/proc/stat").read_text().split("\n", 1)[0].split()[1:9]
+        user, nice, system, _, _, irq, soft_irq, steal = map(int, fields)
+        ticks = user + nice + system + irq + soft_irq + steal
+        return time.perf_counter(), time.process_time(), ticks
 
 
 def commit() -> str:

@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from . import models, prompt_lookup, suite
+from . import models, plot, prompt_lookup, suite
 
 OURS = "pyllm"
 
@@ -47,8 +47,8 @@ def _device(folder):
         kind = name.split("-", 1)[0]
         if kind in PARTS:
             lines += PARTS[kind](data)
-        if (folder / f"{name}.svg").exists():
-            lines += [f"![{name}]({folder.name}/{name}.svg)", ""]
+        for drawn in plot.pictures(folder / f"{name}.json"):
+            lines += [plot.picture(f"{folder.name}/{drawn}", drawn), ""]
     return [
         *lines, "Reproduce:", "", "```sh", f"pyllm bench all --out {folder.name}", "```", "",
     ]  # fmt: skip
@@ -186,10 +186,9 @@ def write_headline(root, page, model="smollm2-135m") -> Path:
             f" {where['date'][:10]}, commit {where['commit']}.", "",
             *_table("|".join(["test", *engines]), rows),
         ]  # fmt: skip
-        picture = path.with_suffix(".svg")
-        if picture.exists():
-            link = os.path.relpath(picture, page.parent)
-            lines += [f"![tokens per second beside other engines]({link})", ""]
+        for drawn in plot.pictures(path):
+            link = os.path.relpath(path.with_name(drawn), page.parent)
+            lines += [plot.picture(link, "tokens per second beside other engines"), ""]
     return _rewrite(page, lines)
 
 

@@ -6,6 +6,7 @@ import time
 from . import (
     end_to_end,
     interference,
+    kernels,
     limits,
     models,
     perplexity,
@@ -49,7 +50,8 @@ PARTS = [
     ("prompt_lookup", "", prompt_lookup.measure, {"rounds": 3}, writes_text, 0),
     ("context", "", end_to_end.report, {"tests": end_to_end.DEPTHS, **SAME}, is_small, 1),
 ]
-KINDS = list(dict.fromkeys(part[0] for part in PARTS))
+KERNELS = "kernels"  # needs no model
+KINDS = [KERNELS, *dict.fromkeys(part[0] for part in PARTS)]
 
 
 def files(names, only=None):
@@ -74,6 +76,14 @@ def run(
         raise ValueError(f"part: expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
     where = record.environment(threads, other)
     record.write(folder / "limits.json", {"limits": limits.measure(threads=threads)}, where)
+    path = folder / f"{KERNELS}.json"
+    if (not only or KERNELS in only) and not (resume and _is_done(path)):
+        where = record.environment(threads, other)
+        shown = kernels.measure(
+            threads=threads, rounds=rounds, progress=lambda done, total, text: progress(text)
+        )
+        record.write(path, shown, where)
+        kernels.write_csv(shown, path.with_suffix(".csv"))
     parts = [p for p in files(names, only) if not (resume and _is_done(folder / p[0]))]
     end, shares = time.monotonic() + 60 * minutes, sum(share for *_, share in parts)
     for file, name, kind, measure, options, share in parts:

@@ -8,7 +8,6 @@ kernels are timed and not Python; what Python and the launch add is timed apart.
 
 import gc
 import random
-import resource
 import statistics
 import time
 from dataclasses import dataclass, field
@@ -26,19 +25,16 @@ class Times:
 
     Attributes:
         eager: on CUDA, seconds of one call with Python and the launch; else None.
-        interrupted: how many rounds another process took the core in.
     """
 
     rounds: list[float] = field(default_factory=list)
     eager: float | None = None
-    interrupted: int = 0
 
     def summary(self) -> dict:
         low, high = deciles(self.rounds)
         return {
             "seconds": statistics.median(self.rounds), "low": low, "high": high,
-            "rounds": len(self.rounds), "interrupted": self.interrupted,
-            "drift": _drift(self.rounds), "eager_seconds": self.eager,
+            "rounds": len(self.rounds), "drift": _drift(self.rounds), "eager_seconds": self.eager,
         }  # fmt: skip
 
 
@@ -60,11 +56,7 @@ def measure(contenders: dict[str, list], *, device, rounds, progress=lambda: Non
         for _ in range(rounds):
             shuffle(order)
             for name in order:
-                before = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw
-                seconds = timers[name]()
-                interrupted = resource.getrusage(resource.RUSAGE_SELF).ru_nivcsw > before
-                times[name].interrupted += interrupted
-                times[name].rounds.append(seconds)
+                times[name].rounds.append(timers[name]())
             progress()
     finally:
         if collects:
@@ -80,7 +72,7 @@ def ratio(ours: Times, other: Times) -> dict:
     rounds = [b / a for a, b in zip(ours.rounds, other.rounds, strict=True)]
     median, (low, high) = statistics.median(rounds), deciles(rounds)
     means = len(rounds) > 1 and (high - low) / median <= MEANINGLESS
-    return {"ratio": median, "low": low, "high": high, "meaningful": means}
+    return {"ratio": median, "ratio_low": low, "ratio_high": high, "meaningful": means}
 
 
 def deciles(values) -> tuple[float, float]:

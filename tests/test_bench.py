@@ -179,11 +179,28 @@ def test_plots_and_the_page_of_results(tmp_path):
     folder.mkdir()
     ops = [{"op": "quant_matmul 8 x 8", "count": 2, "microseconds": 3.0, "bytes": 64}]
     profile = CANNED | {"depth": 8, "batch": 1, "microseconds": 3.0, "ops": ops}
+    times = {"seconds": 2e-6, "low": 1e-6, "high": 3e-6}
+    peer = times | {"ratio": 1.5, "meaningful": True}
+    row = times | {
+        "op": "rms_norm", "backend": "cpu", "nbytes": 64, "operations": 32, "cold": True,
+        "arithmetic": "float32_gflops", "gflops": 0.016, "gb_per_s": 0.03, "share": 0.5,
+        "drift": 1.0, "busy_cores": 0.0, "baselines": {"torch": peer},
+    }  # fmt: skip
+    rows = [row | {"size": n, "shape": f"tiny, {n} x 8"} for n in (1, 4)]
+    kernels = CANNED | {
+        "rows": rows, "device": "cpu", "dtype": "float32", "absent": {}, "emulated": False,
+        "limits": {"read_gb_per_s": 1.0, "float32_gflops": 10.0},
+    }  # fmt: skip
+    (folder / "kernels.json").write_text(json.dumps(kernels))
     for kind, data in {"end_to_end": CANNED, "context": CANNED, "profile": profile}.items():
         (folder / f"{kind}-tiny.json").write_text(json.dumps(data))
     bench("plot", tmp_path)
-    for kind in ("end_to_end", "context", "profile"):
-        assert "<svg" in (folder / f"{kind}-tiny.svg").read_text()
+    drawn = [f"{kind}-tiny" for kind in ("end_to_end", "context", "profile")]
+    for name in (*drawn, "kernels-roofline", "kernels-times"):
+        light, dark = ((folder / f"{name}{theme}.svg").read_text() for theme in ("", "-dark"))
+        assert "<svg" in light
+        assert "#ffffff" in light
+        assert "#0d1117" in dark
     page = (tmp_path / "README.md").read_text()
     assert "Not measured on this machine yet: profile-smollm2-135m-depth16, " in page
     assert "| tg32@16 | llama.cpp | 1.5 | 1.0 to 2.0 | 1.00 x | 25% of bandwidth |" in page
