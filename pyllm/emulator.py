@@ -25,7 +25,8 @@ from pyllm import _C
 # How kernels are compiled for it; the same as in CMakeLists.txt.
 FLAGS = [
     *("-std=c++20", "-O2", "-g1", "-fPIC", "-fvisibility=hidden", "-x", "c++"),
-    *("-fsanitize=thread", "-fno-threadsafe-statics", "-fno-thread-jumps", "-Wno-unknown-pragmas"),
+    *("-fsanitize=thread", "--param=tsan-distinguish-volatile=1"),
+    *("-fno-threadsafe-statics", "-fno-thread-jumps", "-Wno-unknown-pragmas"),
     "-Werror=frame-larger-than=98304",  # a lane's stack has 128 KiB
 ]
 _LIBRARY = Path(_C.__file__).with_name("libpyllm_emulator.so")

@@ -35,6 +35,19 @@ PLANTED = {
     "two_barriers": (64, "divergent barrier"),
     "deadlock": (64, "deadlock: 64 of 64 threads wait"),
     "endless_wait": (64, "deadlock: 64 of 64 threads wait"),
+    "past_static_array": (64, "out-of-bounds write of 4 bytes .* outside of every __shared__"),
+    "before_static_array": (64, "out-of-bounds read of 4 bytes .* outside of every __shared__"),
+    "copy_left_at_the_end": (32, "the block ended while this asynchronous copy was on its way"),
+    "bulk_copy_left_at_the_end": (32, "the block ended while this asynchronous copy was on"),
+    "global_without_barrier": (64, "race at .* in global memory: .* not ordered by a barrier"),
+}
+# The same for grids of two or three blocks.
+PLANTED_BETWEEN_BLOCKS = {
+    "blocks_write_together": "this write is not ordered by a fence and an atomic after the write",
+    "blocks_share_no_order": "is not ordered by a fence and an atomic after the .* by block",
+    "no_fence": "this read is not ordered by a fence and an atomic after the write by block",
+    "no_barrier": "this read is not ordered by a fence and an atomic after the write by block",
+    "no_counter": "race at byte .* of y in global memory",
 }
 
 
@@ -57,7 +70,7 @@ def bug_lines(kernel):
     """The lines of planted.cu marked BUG in this kernel."""
     inside, lines = False, []
     for number, line in enumerate((FOLDER / "planted.cu").read_text().splitlines(), 1):
-        if line.startswith("__global__"):
+        if line.startswith(("__global__", "__device__")):
             inside = f" {kernel}(" in line
         if inside and "// BUG" in line:
             lines.append(number)
@@ -75,6 +88,26 @@ def test_planted_bug_is_found(planted, name, seed):
     assert any(f"planted.cu:{line}:" in text or text.endswith(f"planted.cu:{line}") or
                f"planted.cu:{line} " in text for line in bug_lines(name)), text  # fmt: skip
     assert re.search(r"block \(0, 0, 0\), warp \d, lane \d+, thread \(\d+, 0, 0\)", text)
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", PLANTED_BETWEEN_BLOCKS)
+def test_planted_bug_between_blocks_is_found(planted, name, seed):
+    y = torch.zeros(128)
+    with pytest.raises(emulator.EmulatorError, match=PLANTED_BETWEEN_BLOCKS[name]) as error:
+        planted.launch(name, grid=2, block=32, args=[rand(64), y], seed=seed, threads=1 + seed % 2)
+    text = str(error.value)
+    lines = bug_lines("last_block_adds" if name.startswith("no_") else name)
+    assert any(f"planted.cu:{line}:" in text for line in lines), text
+
+
+@pytest.mark.parametrize("seed", SEEDS)
+@pytest.mark.parametrize("name", ["last_block", "chain", "volatile_chain"])
+def test_blocks_that_wait_for_each_other_do_not_race(planted, name, seed):
+    x, y = rand(32), torch.zeros(128)
+    planted.launch(name, grid=2, block=32, args=[x, y], seed=seed, threads=1 + seed % 2)
+    total = y[64:96] if name == "last_block" else y[:32]
+    assert torch.equal(total, 2 * x)
 
 
 @pytest.mark.parametrize("seed", SEEDS)

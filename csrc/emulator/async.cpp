@@ -23,6 +23,8 @@ Copy issue(Lane* me, void* shared, const void* global, int bytes, int source_byt
     if (!span)
       block.fail(me, pc,
                  format("%s: out-of-bounds read of %d bytes at %p", what, source_bytes, global));
+    for (int i = 0; i < source_bytes; i += 16)
+      block.global_access(me, from + i, std::min(16, source_bytes - i), false, pc);
     me->log.push_back({from, pc, static_cast<int16_t>(span - block.launch->spans.data()),
                        static_cast<uint16_t>(source_bytes), false});
   }
@@ -88,6 +90,19 @@ void Block::land(const Copy& copy, uint32_t clock) {
     write.in_flight = 0;
     write.clock = clock;
   }
+}
+
+void Block::check_copies() {
+  const Copy* left = nullptr;
+  for (int i = 0; i < n_lanes && !left; ++i)
+    if (!lanes[i].copies.empty()) left = &lanes[i].copies.front();
+  for (const MBarrier& b : mbarriers)
+    if (!left && !b.copies.empty()) left = &b.copies.front();
+  if (!left) return;
+  failed = true;
+  failure = {where(lanes + left->lane, left->pc) +
+                 ": the block ended while this asynchronous copy was on its way: nobody waited",
+             linear};
 }
 
 void cp_async(void* shared, const void* global, int bytes, int source_bytes) {

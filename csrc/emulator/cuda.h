@@ -25,8 +25,14 @@
 #define __align__(n) __attribute__((aligned(n)))
 // A block stays on one thread of the host, so its shared variables are that thread's. `extern
 // __shared__` arrays do not work: kernels call pyllm::cuda::dynamic_shared(), which also does on
-// the device, and `pyllm emulate` rewrites such declarations.
-#define __shared__ thread_local
+// the device, and `pyllm emulate` rewrites such declarations. Before each variable is a gap, so
+// that running past the end of one is not an access to the next.
+#define __shared__ EMU_SHARED(__COUNTER__)
+#define EMU_SHARED(n) EMU_SHARED_AFTER(n)
+#define EMU_SHARED_AFTER(n)                       \
+  thread_local uint32_t emu_gap_##n[32];          \
+  ::emu::guard(emu_gap_##n, sizeof(emu_gap_##n)); \
+  thread_local
 
 #define threadIdx (::emu::thread_idx())
 #define blockIdx (::emu::block_idx())

@@ -76,6 +76,7 @@ EMU_API uint64_t atomic(Atomic op, Number type, void* at, uint64_t value, uint64
 EMU_API uint32_t load_acquire(const uint32_t* at);
 EMU_API void store_release(uint32_t* at, uint32_t value);
 EMU_API void fence();
+EMU_API void guard(const volatile void* begin, int bytes);  // shared memory of no variable
 EMU_API void nanosleep();
 EMU_API void count(const char* instruction);  // a literal; for the table of instructions
 [[noreturn]] EMU_API void trap(const char* message);

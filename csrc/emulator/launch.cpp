@@ -146,6 +146,7 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
   Dl_info info{};
   dladdr(config.code, &info);
   std::atomic<int> busy{0};
+  GlobalMemory global;
   const Launch launch{config,
                       lane,
                       arguments,
@@ -155,7 +156,8 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
                       info.dli_fname ? info.dli_fname : "",
                       library.base,
                       library.end,
-                      &busy};
+                      &busy,
+                      &global};
   const int64_t total = int64_t{config.grid.x} * config.grid.y * config.grid.z;
   const int workers =
       static_cast<int>(std::clamp<int64_t>(g_threads, 1, std::min<int64_t>(total, 16)));
@@ -176,6 +178,7 @@ const char* launch(const LaunchConfig& config, void (*lane)(const void*), const 
     block.statics = own.statics;
     block.static_bytes = own.static_bytes;
     block.failed = false;
+    block.page_cache.fill({});
     block.cells.clear();  // of another launch, whose blocks may have been larger
     // Blocks after one that failed do not matter; those before may still fail first.
     for (int64_t i = next++; i < first_failure; i = next++) {

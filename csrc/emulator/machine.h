@@ -10,6 +10,7 @@
 #include <vector>
 
 #include "emulator/emulator.h"
+#include "emulator/global.h"
 #include "emulator/traffic.h"
 
 namespace emu {
@@ -105,13 +106,14 @@ struct MBarrier {
   Clocks* released = nullptr;  // and in the one before
 };
 
+inline constexpr uint8_t kGuard = 2;
 // What one access did last to a word of shared memory.
 struct Epoch {
   uint32_t clock = 0;
   uint16_t lane = 0;
-  uint8_t bytes = 0;  // mask within the word
-  uint8_t in_flight = 0;
-  uint32_t pc = 0;  // from the start of the kernel's library
+  uint8_t bytes = 0;      // mask within the word
+  uint8_t in_flight = 0;  // 1: a copy has not landed; kGuard: between two variables
+  uint32_t pc = 0;        // from the start of the kernel's library
 };
 struct Cell {
   Epoch write, reads[2];
@@ -138,6 +140,7 @@ struct Launch {
   std::string library;
   uintptr_t base, end;     // of the kernel's library in memory
   std::atomic<int>* busy;  // host threads whose block does not only poll
+  GlobalMemory* global;
 };
 
 struct Block {
@@ -158,7 +161,8 @@ struct Block {
   std::string where(const Lane* lane, Pc pc) const;
 
   // --- memory.cpp
-  void access(Lane* me, const void* address, int bytes, bool write, Pc pc);
+  enum class Kind { Plain, Volatile, Atomic };  // only plain accesses race
+  void access(Lane* me, const void* address, int bytes, bool write, Pc pc, Kind kind);
   void shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc, bool async);
   const Span* span_of(uintptr_t address, int bytes) const;
   void flush(int warp);
@@ -166,6 +170,15 @@ struct Block {
   int64_t shared_offset(uintptr_t address) const;
   std::string shared_place(size_t offset) const;
   Cell& cell_at(int64_t offset);
+  void guard(Lane* me, const volatile void* begin, int bytes);
+
+  // --- global.cpp
+  void global_access(Lane* me, uintptr_t address, int bytes, bool write, Pc pc);
+  [[noreturn]] void global_race(Lane* me, uintptr_t address, bool write, Pc pc,
+                                const GlobalEpoch& other, bool other_write);
+  void fence(Lane* me);                             // orders what the lane knows to be done before
+  void release(const Lane* me, uintptr_t address);  // what it then writes,
+  void acquire(uintptr_t address);                  // for who reads that
 
   // --- clocks
   Clocks* fresh_clocks();
@@ -181,6 +194,7 @@ struct Block {
 
   // --- async.cpp
   void land(const Copy& copy, uint32_t clock);
+  void check_copies();  // none may be on its way when the block ends
 
   uint32_t random() {
     rng ^= rng << 13, rng ^= rng >> 7, rng ^= rng << 17;
@@ -212,6 +226,12 @@ struct Block {
   unsigned char* statics = nullptr;
   size_t static_bytes = 0;
   std::vector<Cell> cells;
+
+  std::vector<uint32_t> fenced;  // by lane: how much of its past a fence followed; empty: none
+  Knowledge known;               // of other blocks' pasts
+  std::unordered_map<uintptr_t, uint64_t> learned;  // variables, and which version of each
+  std::vector<uintptr_t> volatile_reads;
+  std::array<std::pair<uintptr_t, GlobalPage*>, 64> page_cache;
 
   std::vector<Clocks*> free_clocks;
   Traffic traffic;

@@ -49,7 +49,7 @@ std::string out_of_bounds(const Block& b, uintptr_t address, int bytes, bool wri
 }
 }  // namespace
 
-void Block::access(Lane* me, const void* pointer, int bytes, bool write, Pc pc) {
+void Block::access(Lane* me, const void* pointer, int bytes, bool write, Pc pc, Kind kind) {
   const auto address = reinterpret_cast<uintptr_t>(pointer);
   const int64_t offset = shared_offset(address);
   int16_t span_index = -1;
@@ -68,7 +68,17 @@ void Block::access(Lane* me, const void* pointer, int bytes, bool write, Pc pc) 
     fail(me, pc,
          format("misaligned %s of %d bytes at %p, which is %d bytes past a multiple of %d",
                 verb(write), bytes, pointer, static_cast<int>(address % bytes), bytes));
-  if (offset >= 0) shared_access(me, static_cast<size_t>(offset), bytes, write, pc, false);
+  if (offset >= 0) {
+    shared_access(me, static_cast<size_t>(offset), bytes, write, pc, false);
+  } else if (kind == Kind::Plain) {
+    global_access(me, address, bytes, write, pc);
+  } else if (kind == Kind::Volatile) {
+    if (write)
+      release(me, address);
+    else if (std::find(volatile_reads.begin(), volatile_reads.end(), address) ==
+             volatile_reads.end())
+      volatile_reads.push_back(address);
+  }
   me->log.push_back({address, pc, span_index, static_cast<uint16_t>(bytes), write});
   if (me->log.size() >= 256) {
     me->pc = pc;
@@ -81,6 +91,19 @@ void Block::access(Lane* me, const void* pointer, int bytes, bool write, Pc pc) 
 std::string Block::shared_place(size_t offset) const {
   return offset < kStatics ? format("byte %zu of dynamic shared memory", offset)
                            : format("byte %zu of static shared memory", offset - kStatics);
+}
+
+// Makes nothing of this memory accessible: cuda.h leaves such a gap before each __shared__
+// variable.
+void Block::guard(Lane* me, const volatile void* begin, int bytes) {
+  const auto address = reinterpret_cast<uintptr_t>(begin);
+  const int64_t offset = shared_offset(address);
+  if (offset < 0) return;  // a variable of a function that runs on the host
+  for (int i = 0; i < bytes; i += 4) {
+    Epoch& write = cell_at(offset + i).write;
+    if (write.in_flight == kGuard) return;
+    write = {me->clock, static_cast<uint16_t>(me->index), 0xf, kGuard, 0};
+  }
 }
 
 void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc, bool async) {
@@ -97,6 +120,10 @@ void Block::shared_access(Lane* me, size_t offset, int bytes, bool write, Pc pc,
     Cell& cell = first[word];
     auto race = [&](const Epoch& e, bool other_write) {
       const Lane& other = lanes[e.lane];
+      if (e.in_flight == kGuard)
+        fail(me, pc,
+             format("out-of-bounds %s of %d bytes at %s, outside of every __shared__ variable",
+                    verb(write), bytes, shared_place(offset).c_str()));
       if (e.in_flight)
         fail(me, pc,
              format("%s of %s that an asynchronous copy by warp %d, lane %d at %s has not "
@@ -161,14 +188,15 @@ void Block::flush(int warp) {
 }
 
 namespace {
-inline void hook(const void* address, int bytes, bool write, Pc pc) {
+using Kind = Block::Kind;
+inline void hook(const void* address, int bytes, bool write, Pc pc, Kind kind = Kind::Plain) {
   Lane* me = current_lane();
   if (!me) return;  // a thread of the host
   if (on_a_stack(address)) return;
   // What is larger than an instruction can move is moved by several.
   const char* at = static_cast<const char*>(address);
-  for (; bytes > 16; bytes -= 16, at += 16) me->block->access(me, at, 16, write, pc);
-  me->block->access(me, at, bytes, write, pc);
+  for (; bytes > 16; bytes -= 16, at += 16) me->block->access(me, at, 16, write, pc, kind);
+  me->block->access(me, at, bytes, write, pc, kind);
 }
 }  // namespace
 
@@ -225,7 +253,20 @@ uint64_t update(Atomic op, void* at, uint64_t value, uint64_t compare) {
 }
 }  // namespace
 
-uint64_t atomic(Atomic op, Number type, void* at, uint64_t value, uint64_t compare, int) {
+namespace {
+uint64_t update(Atomic op, Number type, void* at, uint64_t value, uint64_t compare) {
+  switch (type) {
+    case Number::S32: return update<int32_t>(op, at, value, compare);
+    case Number::U32: return update<uint32_t>(op, at, value, compare);
+    case Number::U64: return update<uint64_t>(op, at, value, compare);
+    case Number::F32: return update<float>(op, at, value, compare);
+    case Number::F64: return update<double>(op, at, value, compare);
+  }
+  return 0;
+}
+}  // namespace
+
+uint64_t atomic(Atomic op, Number type, void* at, uint64_t value, uint64_t compare, int order) {
   Lane* me = current_lane();
   const int bytes = type == Number::U64 || type == Number::F64 ? 8 : 4;
   const auto address = reinterpret_cast<uintptr_t>(at);
@@ -239,32 +280,41 @@ uint64_t atomic(Atomic op, Number type, void* at, uint64_t value, uint64_t compa
     me->block->fail(me, pc, "out-of-bounds atomic in shared memory");
   }
   ++me->block->traffic.instructions["atomic"];
-  switch (type) {
-    case Number::S32: return update<int32_t>(op, at, value, compare);
-    case Number::U32: return update<uint32_t>(op, at, value, compare);
-    case Number::U64: return update<uint64_t>(op, at, value, compare);
-    case Number::F32: return update<float>(op, at, value, compare);
-    case Number::F64: return update<double>(op, at, value, compare);
-  }
-  return 0;
+  // Whoever sees the new value knows what came before, so that is published first.
+  if (order & kRelease) me->block->fence(me);
+  me->block->release(me, address);
+  const uint64_t before = update(op, type, at, value, compare);
+  me->block->acquire(address);
+  return before;
 }
 
 uint32_t load_acquire(const uint32_t* at) {
-  hook(at, 4, false, EMU_PC);
+  hook(at, 4, false, EMU_PC, Kind::Atomic);
   uint32_t value;
   {
     AtomicSection section;
     std::memcpy(&value, at, 4);
   }
+  current_lane()->block->acquire(reinterpret_cast<uintptr_t>(at));
   nanosleep();  // whoever polls lets others run
   return value;
 }
 void store_release(uint32_t* at, uint32_t value) {
-  hook(at, 4, true, EMU_PC);
+  Lane* me = current_lane();
+  hook(at, 4, true, EMU_PC, Kind::Atomic);
+  me->block->fence(me);
+  me->block->release(me, reinterpret_cast<uintptr_t>(at));
   AtomicSection section;
   std::memcpy(at, &value, 4);
 }
-void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+void fence() {
+  Lane* me = current_lane();
+  me->block->fence(me);
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+}
+void guard(const volatile void* begin, int bytes) {
+  if (Lane* me = current_lane()) me->block->guard(me, begin, bytes);
+}
 
 }  // namespace emu
 
@@ -275,8 +325,12 @@ void fence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
   EMU_API void __tsan_write##bytes(void* p) { emu::hook(p, bytes, true, EMU_PC); }           \
   EMU_API void __tsan_unaligned_read##bytes(void* p) { emu::hook(p, bytes, false, EMU_PC); } \
   EMU_API void __tsan_unaligned_write##bytes(void* p) { emu::hook(p, bytes, true, EMU_PC); } \
-  EMU_API void __tsan_volatile_read##bytes(void* p) { emu::hook(p, bytes, false, EMU_PC); }  \
-  EMU_API void __tsan_volatile_write##bytes(void* p) { emu::hook(p, bytes, true, EMU_PC); }
+  EMU_API void __tsan_volatile_read##bytes(void* p) {                                        \
+    emu::hook(p, bytes, false, EMU_PC, emu::Kind::Volatile);                                 \
+  }                                                                                          \
+  EMU_API void __tsan_volatile_write##bytes(void* p) {                                       \
+    emu::hook(p, bytes, true, EMU_PC, emu::Kind::Volatile);                                  \
+  }
 extern "C" {
 HOOK(1)
 HOOK(2)

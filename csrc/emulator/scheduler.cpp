@@ -143,6 +143,10 @@ void Block::run(const Launch& l, int64_t block_index) {
   if (statics) std::memset(statics, kPoison, static_bytes);
   cells.resize((dynamic_bytes + static_bytes + 3) / 4 + 1);
   mbarriers.clear();
+  fenced.clear();
+  known.clear();
+  learned.clear();
+  volatile_reads.clear();
   for (NamedBarrier& b : barriers) b = {};
   for (Warp& w : warps) w = {};
 
@@ -180,6 +184,7 @@ void Block::run(const Launch& l, int64_t block_index) {
       break;
     }
   }
+  if (!failed) check_copies();
   if (std::exchange(idle, false)) ++*l.busy;
   for (NamedBarrier& b : barriers)
     if (b.joined) release(b.joined);

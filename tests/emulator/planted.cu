@@ -142,3 +142,109 @@ __global__ void unwritten_shared(const float* x, float* y) {
   __syncthreads();
   y[threadIdx.x] = tile[threadIdx.x];
 }
+
+// Past the end of one variable, into what is behind it.
+__global__ void past_static_array(const float* x, float* y) {
+  __shared__ float first[64];
+  __shared__ float second[64];
+  first[threadIdx.x + (threadIdx.x == 63)] = x[threadIdx.x];   // BUG
+  second[threadIdx.x + (threadIdx.x == 63)] = x[threadIdx.x];  // BUG
+  __syncthreads();
+  y[threadIdx.x] = first[63 - threadIdx.x] + second[63 - threadIdx.x];
+}
+
+// Before its beginning.
+__global__ void before_static_array(const float* x, float* y) {
+  __shared__ float first[64];
+  __shared__ float second[64];
+  const int i = threadIdx.x;
+  first[i] = second[i] = x[i];
+  __syncthreads();
+  y[i] = first[i - (i == 0)] + second[i - (i == 0)];  // BUG
+}
+
+__global__ void copy_left_at_the_end(const float* x, float* y) {
+  __shared__ __align__(16) float tile[128];
+  cp_async<16>(&tile[threadIdx.x * 4], x + threadIdx.x * 4);  // BUG
+  cp_async_commit();
+  y[threadIdx.x] = 0;
+}
+
+__global__ void bulk_copy_left_at_the_end(const float* x, float* y) {
+  __shared__ __align__(16) float tile[128];
+  __shared__ uint64_t barrier;
+  if (threadIdx.x == 0) {
+    mbarrier_init(&barrier, 1);
+    mbarrier_arrive_expect(&barrier, 512);
+    bulk_copy(tile, x, 512, &barrier);  // BUG
+  }
+  y[threadIdx.x] = 0;
+}
+
+// --- several blocks -----------------------------------------------------------------------------
+
+// Two blocks write the same places.
+__global__ void blocks_write_together(const float* x, float* y) {
+  y[threadIdx.x] = x[threadIdx.x];  // BUG
+}
+
+// One block writes what another reads.
+__global__ void blocks_share_no_order(const float* x, float* y) {
+  if (blockIdx.x == 0)
+    y[threadIdx.x] = x[threadIdx.x];  // BUG
+  else
+    y[64 + threadIdx.x] = y[threadIdx.x];  // BUG
+}
+
+// Lanes of one block.
+__global__ void global_without_barrier(const float* x, float* y) {
+  y[blockIdx.x * 64 + threadIdx.x] = x[threadIdx.x];
+  y[blockIdx.x * 64 + threadIdx.x] += y[blockIdx.x * 64 + (threadIdx.x ^ 1)];  // BUG
+}
+
+// Blocks leave their parts, and the last to count itself adds them up: fence, barrier and counter
+// together order that.
+template <bool Fence, bool Barrier, bool Counter>
+__device__ __forceinline__ void last_block_adds(const float* x, float* y) {
+  __shared__ bool last;
+  y[blockIdx.x * 32 + threadIdx.x] = x[threadIdx.x];  // BUG
+  if (Fence) __threadfence();
+  if (Barrier) __syncthreads();
+  if (threadIdx.x == 0) {
+    auto* const counter = reinterpret_cast<unsigned*>(y + 127);
+    last = Counter ? atomicAdd(counter, 1u) == gridDim.x - 1 : blockIdx.x == gridDim.x - 1;
+  }
+  __syncthreads();
+  if (!last) return;
+  float sum = 0;
+  for (unsigned i = threadIdx.x; i < gridDim.x * 32; i += 32) sum += y[i];  // BUG
+  y[64 + threadIdx.x] = sum;
+}
+__global__ void last_block(const float* x, float* y) { last_block_adds<true, true, true>(x, y); }
+__global__ void no_fence(const float* x, float* y) { last_block_adds<false, true, true>(x, y); }
+__global__ void no_barrier(const float* x, float* y) { last_block_adds<true, false, true>(x, y); }
+__global__ void no_counter(const float* x, float* y) { last_block_adds<true, true, false>(x, y); }
+
+// Each block adds to what the one before it passed on.
+__global__ void chain(const float* x, float* y) {
+  auto* const turn = reinterpret_cast<uint32_t*>(y + 127);
+  if (threadIdx.x == 0)
+    while (load_acquire(turn) != blockIdx.x) {
+    }
+  __syncthreads();
+  y[threadIdx.x] += x[threadIdx.x];
+  __syncthreads();
+  if (threadIdx.x == 0) store_release(turn, blockIdx.x + 1);
+}
+
+// The same as it is written without PTX.
+__global__ void volatile_chain(const float* x, float* y) {
+  auto* const turn = reinterpret_cast<volatile unsigned*>(y + 127);
+  if (threadIdx.x == 0)
+    while (*turn != blockIdx.x) __nanosleep(10);
+  __syncthreads();
+  y[threadIdx.x] += x[threadIdx.x];
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) *turn = blockIdx.x + 1;
+}
