@@ -52,15 +52,20 @@ inline void check_attention_options(Check& c, const AttentionOptions& options) {
                 std::to_string(options.scale) + " and " + std::to_string(options.softcap));
 }
 
+template <class Args>
+void fill_options(Args& a, const AttentionOptions& options) {
+  a.scale = options.scale;
+  a.softcap = options.softcap;
+  a.alibi_slopes = options.alibi_slopes.as<float>();
+  a.sinks = options.sinks.as<float>();
+}
+
 // Checks the options, fills in the arguments and launches.
 inline void run_attention(Check& c, const char* name, AttentionArgs& a,
                           const AttentionOptions& options) {
   check_attention_options(c, options);
   if (a.batch == 0 || a.q.numel() == 0) return;
-  a.scale = options.scale;
-  a.softcap = options.softcap;
-  a.alibi_slopes = options.alibi_slopes.as<float>();
-  a.sinks = options.sinks.as<float>();
+  fill_options(a, options);
   if (options.partials.defined() && options.partials.numel() > 0) {
     const int64_t needed = a.slots() * c.dim("H") * a.max_splits * a.partial_size();
     c(options.partials, "partials", "_", {DType::F32});

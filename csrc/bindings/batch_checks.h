@@ -17,6 +17,26 @@ inline void check_cu_seqlens(const Check& c, const Tensor& cu, const char* name,
                     std::to_string(at[n - 1]));
 }
 
+// The number of sequences, B of page_table [B, max_pages], has its B + 1 offsets.
+inline void check_batch(Check& c, const Tensor& cu_seqlens_q, const Tensor& page_table) {
+  c(page_table, "page_table", "B max_pages", {DType::I32});
+  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
+  c.require(cu_seqlens_q.shape[0] == c.dim("B") + 1,
+            "cu_seqlens_q: expected B + 1 = " + std::to_string(c.dim("B") + 1) + " entries, got " +
+                std::to_string(cu_seqlens_q.shape[0]));
+}
+
+// The tensors of paged_attention beside q and the caches, which are checked before.
+inline void check_paged_batch(Check& c, const Tensor& cu_seqlens_q, const Tensor& page_table,
+                              const Tensor& context_lens, const Tensor& k_scale,
+                              const Tensor& v_scale, const Tensor& out, DType dtype) {
+  check_batch(c, cu_seqlens_q, page_table);
+  c(context_lens, "context_lens", "B", {DType::I32});
+  c.optional(k_scale, "k_scale", "Hkv", {DType::F32});
+  c.optional(v_scale, "v_scale", "Hkv", {DType::F32});
+  c(out, "out", "T H D", {dtype});
+}
+
 // The page that holds position `position` of sequence b exists.
 inline void check_page(const Check& c, const Tensor& page_table, int64_t b, int64_t position,
                        int64_t page_size, int64_t pages) {

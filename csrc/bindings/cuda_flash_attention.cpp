@@ -29,17 +29,15 @@ void cuda_flash_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
     c.optional(bias, "bias", "B H Sq Sk", kFloats);
     a.batch = static_cast<int>(std::min<int64_t>(c.dim("B"), INT32_MAX));
   }
-  check_cuda_attention(c, {scale, softcap, alibi_slopes, sinks, {}},
-                       {{"q", q}, {"k", k}, {"v", v}, {"out", out}});
+  const AttentionOptions options{scale, softcap, alibi_slopes, sinks, {}};
+  check_cuda_attention(c, options, {{"q", q}, {"k", k}, {"v", v}, {"out", out}});
   if (a.batch == 0 || q.numel() == 0) return;
   a.q = q, a.k = k, a.v = v, a.out = out, a.bias = bias;
   a.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
   a.cu_seqlens_k = cu_seqlens_k.as<int32_t>();
-  a.alibi_slopes = alibi_slopes.as<float>();
-  a.sinks = sinks.as<float>();
   a.lse = lse.as<float>();
   a.left = left, a.right = right;
-  a.scale = scale, a.softcap = softcap;
+  fill_options(a, options);
   library.run(&cuda::Kernels::flash_attention, a, stream,
               {{"q", q},
                {"k", k},

@@ -1,3 +1,4 @@
+#include "bindings/batch_checks.h"
 #include "bindings/cuda_attention.h"
 
 namespace pyllm {
@@ -13,18 +14,11 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
   c(q, "q", "T H D", {DType::F16, DType::BF16});
   c(k_cache, "k_cache", "pages page_size Hkv D", {q.dtype, DType::I8, DType::E4M3});
   c(v_cache, "v_cache", "pages page_size Hkv D", {k_cache.dtype});
-  c(page_table, "page_table", "B max_pages", {DType::I32});
-  c(context_lens, "context_lens", "B", {DType::I32});
-  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
-  c.optional(k_scale, "k_scale", "Hkv", {DType::F32});
-  c.optional(v_scale, "v_scale", "Hkv", {DType::F32});
-  c(out, "out", "T H D", {q.dtype});
+  check_paged_batch(c, cu_seqlens_q, page_table, context_lens, k_scale, v_scale, out, q.dtype);
   const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
-  c.require(cu_seqlens_q.shape[0] == batch + 1,
-            "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
-                std::to_string(cu_seqlens_q.shape[0]));
   c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
-  check_cuda_attention(c, {scale, softcap, alibi_slopes, sinks, {}},
+  const AttentionOptions options{scale, softcap, alibi_slopes, sinks, {}};
+  check_cuda_attention(c, options,
                        {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}});
   for (const Tensor* t : {&k_cache, &v_cache})
     c.require(t->shape[0] * t->stride[0] / (16 / item_size(t->dtype)) < int64_t{1} << 32,
@@ -34,8 +28,6 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
   a.q = q, a.k = k_cache, a.v = v_cache, a.out = out, a.page_table = page_table;
   a.cu_seqlens_q = cu_seqlens_q.as<int32_t>();
   a.context_lens = context_lens.as<int32_t>();
-  a.alibi_slopes = alibi_slopes.as<float>();
-  a.sinks = sinks.as<float>();
   a.k_scale = k_scale.as<float>();
   a.v_scale = v_scale.as<float>();
   if (partials.defined()) {
@@ -49,7 +41,7 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
     a.partials = partials.as<float>();
   }
   a.left = left;
-  a.scale = scale, a.softcap = softcap;
+  fill_options(a, options);
   library.run(&cuda::Kernels::paged_attention, a, stream,
               {{"q", q},
                {"k_cache", k_cache},

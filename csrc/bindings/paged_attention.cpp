@@ -24,16 +24,8 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
   Check c("paged_attention");
   c(q, "q", "T H D", kFloats);
   check_caches(c, k_cache, v_cache, {DType::F32, DType::BF16, DType::F16, DType::I8});
-  c(page_table, "page_table", "B max_pages", {DType::I32});
-  c(context_lens, "context_lens", "B", {DType::I32});
-  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
-  c.optional(k_scale, "k_scale", "Hkv", {DType::F32});
-  c.optional(v_scale, "v_scale", "Hkv", {DType::F32});
-  c(out, "out", "T H D", {q.dtype});
+  check_paged_batch(c, cu_seqlens_q, page_table, context_lens, k_scale, v_scale, out, q.dtype);
   const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
-  c.require(cu_seqlens_q.shape[0] == batch + 1,
-            "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
-                std::to_string(cu_seqlens_q.shape[0]));
   if (!capturing()) {
     check_cu_seqlens(c, cu_seqlens_q, "cu_seqlens_q", c.dim("T"));
     check_contexts(c, cu_seqlens_q, page_table, context_lens);

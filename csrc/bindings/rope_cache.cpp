@@ -13,13 +13,9 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
   c(cos_sin, "cos_sin", "P R", {DType::F32});
   c(positions, "positions", "T", {DType::I32});
   check_caches(c, k_cache, v_cache, kFloats);
-  c(page_table, "page_table", "B max_pages", {DType::I32});
-  c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
+  check_batch(c, cu_seqlens_q, page_table);
   c(out, "out", "T H D", {q.dtype});
   const int64_t batch = c.dim("B"), pages = c.dim("pages"), page_size = c.dim("page_size");
-  c.require(cu_seqlens_q.shape[0] == batch + 1,
-            "cu_seqlens_q: expected B + 1 = " + std::to_string(batch + 1) + " entries, got " +
-                std::to_string(cu_seqlens_q.shape[0]));
   c.require(c.dim("R") % 2 == 0 && c.dim("R") <= c.dim("D"),
             "cos_sin: expected an even width of at most D = " + std::to_string(c.dim("D")) +
                 ", got " + std::to_string(c.dim("R")));

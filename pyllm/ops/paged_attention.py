@@ -38,9 +38,11 @@ def paged_attention(
     Args:
         q: ``[T, H, D]`` float32, bfloat16 or float16, the sequences end to end; D is 1 to 256;
             only the last dimension must be contiguous.
-        k_cache, v_cache: ``[pages, page_size, Hkv, D]`` float32, bfloat16, float16 or int8; H is a
-            multiple of Hkv, and query heads ``h * H / Hkv`` and up share KV head h. The keys of a
-            page may also lie side by side, so that ``k_cache.stride(1) == 1``; that is faster.
+        k_cache, v_cache: ``[pages, page_size, Hkv, D]``; H is a multiple of Hkv, and query heads
+            ``h * H / Hkv`` and up share KV head h. On a CPU float32, bfloat16, float16 or int8, and
+            the keys of a page may also lie side by side, so that ``k_cache.stride(1) == 1``; that
+            is faster. On a device of q's dtype, int8 or float8_e4m3fn, in rows that begin on
+            multiples of 16 bytes.
         cu_seqlens_q: ``int32[B + 1]``: sequence b owns tokens ``cu_seqlens_q[b]`` up to
             ``cu_seqlens_q[b + 1]``.
         page_table: ``int32[B, max_pages]``: key j of sequence b is
@@ -59,9 +61,10 @@ def paged_attention(
         ``[T, H, D]`` in q's dtype; 0 for a token that sees no key.
 
     Raises:
-        ValueError: for shapes or dtypes that do not fit together, and for lengths or pages outside
-            the tables. (The integers are not looked at while a plan is captured; a replay clamps
-            them.)
+        ValueError: for shapes or dtypes that do not fit together, and on a CPU for lengths or pages
+            outside of the tables. On a device, and when a captured plan is replayed, nobody looks
+            at the integers first: the kernel clamps them, so that no memory outside of the tensors
+            is touched, and the result is of other keys.
         BackendError: if `backend` cannot serve.
     """
     return _OP.implementation(q, backend)(
