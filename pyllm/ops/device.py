@@ -59,6 +59,18 @@ def stream(x: torch.Tensor) -> int:
     return torch.cuda.current_stream(x.device).cuda_stream if x.is_cuda else 0
 
 
+def guarded(x: torch.Tensor, function):
+    """`function`, called with the device of `x` as the current one: kernels are launched there."""
+    if not x.is_cuda or x.get_device() == torch.cuda.current_device():
+        return function
+
+    def call(*args, **kwargs):
+        with torch.cuda.device(x.device):
+            return function(*args, **kwargs)
+
+    return call
+
+
 def check_same(op: str, first: torch.Tensor, **tensors: torch.Tensor | None) -> None:
     """Raises ValueError unless the tensors are on the device of `first`."""
     for name, x in tensors.items():

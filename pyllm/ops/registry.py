@@ -151,7 +151,7 @@ class Op:
         """The function that serves a call whose first tensor is `x`."""
         if not isinstance(x, torch.Tensor):
             raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
-        return self.backends[self.choose(x.device.type, backend, x)]
+        return device.guarded(x, self.backends[self.choose(x.device.type, backend, x)])
 
 
 OPS: dict[str, Op] = {}
