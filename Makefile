@@ -1,7 +1,7 @@
 # The commands people expect. They use the active Python environment; CI is .ci/run.
 CPP = $(shell git ls-files '*.cpp' '*.h' '*.cu' '*.cuh')
 
-.PHONY: install build test lint format bench figures clean
+.PHONY: install build test lint format bench machine-code figures clean
 
 # Editable, with everything that developing needs.
 install:
@@ -30,6 +30,10 @@ bench:
 # The plots, pages and tables of bench/results, from the JSON there.
 figures:
 	python -m bench plot
+
+# After a change of a kernel: what nvcc makes of all of them, as the tests compare it.
+machine-code:
+	python -m bench machine-code --update
 
 clean:
 	rm -rf build dist *.egg-info pyllm/_C*.so .pytest_cache .ruff_cache .hypothesis

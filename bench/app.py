@@ -141,6 +141,38 @@ def kernels_(
     print(out, file=sys.stderr)
 
 
+@app.command()
+def machine_code(
+    group: Annotated[
+        list[str] | None, typer.Argument(help="Such as cuda/rms_norm/sm_80; all by default.")
+    ] = None,
+    update: Annotated[bool, typer.Option(help="Make it what the tests compare with.")] = False,
+    folder: Annotated[Path, typer.Option(help="Where the compiled kernels stay.")] = Path(
+        "build/machine_code"
+    ),
+):
+    """Registers, spills and instructions of the GPU kernels: needs their compilers, and no GPU."""
+    from rich.console import Console
+
+    from . import machine_code as m
+
+    reasons = [f"{source}: {why}" for source in m.SOURCES if (why := m.missing(source))]
+    known = m.groups()
+    if not known:
+        raise ValueError(f"machine-code: {'; '.join(reasons)}")
+    for name in group or ():
+        if name not in known:
+            raise ValueError(f"machine-code: expected one of {', '.join(known)}; got {name}")
+    if update and group:
+        raise ValueError("--update: expected all groups")
+    data = m.measure(folder, group or known)
+    console = Console(width=None if sys.stdout.isatty() else 200)
+    for t in m.table(data):
+        console.print(t)
+    if update:
+        print(m.write(data))
+
+
 @app.command(name="end_to_end")
 def end_to_end(
     model: Model = DEFAULT, threads: Threads = None, rounds: Rounds = 5, minutes: Minutes = None,

@@ -185,12 +185,13 @@ __global__ void __launch_bounds__(kWideThreads) norm_backward_wide_kernel(Backwa
     }
   // Calls f(x, dy, column) for the vectors that the thread holds, then for the others.
   auto vectors = [&](auto f) {
+    const int own = opaque(first);  // or addresses computed once would spill
 #pragma unroll
     for (int k = 0; k < K; ++k) {
       if constexpr (sizeof(T) < 4) forget(x[k]), forget(dy[k]);
-      if (const int at = first + k * step; at < width) f(x[k], dy[k], at);
+      if (const int at = own + k * step; at < width) f(x[k], dy[k], at);
     }
-    for (int at = first + K * step; at < width; at += step)
+    for (int at = own + K * step; at < width; at += step)
       f(load_columns<T, N>(x_row, at, width, p.vectors),
         load_columns<T, N>(dy_row, at, width, p.vectors), at);
   };

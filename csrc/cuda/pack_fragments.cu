@@ -15,7 +15,7 @@ __global__ void __launch_bounds__(kThreads)
   if (span >= f.strips() * f.spans()) return;
   const int word = static_cast<int>(index % vectors) * 4;
   Vec<uint32_t, 4> words;
-#pragma unroll 1
+#pragma unroll
   for (int i = 0; i < 4; ++i)
     words[i] = fragment_word(w, f, span / f.spans(), span % f.spans(), word + i);
   store(out + index * 16, words);

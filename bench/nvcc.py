@@ -1,0 +1,57 @@
+"""The rows of the machine-code table that are ``csrc/cuda/*.cu``: groups ``cuda/FILE/sm_ARCH``."""
+
+import re
+import shutil
+import subprocess
+from pathlib import Path
+
+from . import cubin
+
+ROOT = Path(__file__).parents[1]
+SOURCES = ROOT / "csrc/cuda"
+ARCHS = ("80", "90a")
+_SPILLS = re.compile(
+    r"Compiling entry function '(\w+)'.*?(\d+) bytes spill stores, (\d+) bytes spill loads", re.S
+)
+
+
+def missing() -> str | None:
+    """Why there can be no rows here, or None if there can."""
+    if not shutil.which("nvcc"):
+        return "there is no nvcc"
+    if not any(SOURCES.glob("*.cu")):
+        return "an installed package has no kernel sources; use a checkout"
+    return None
+
+
+def compiler() -> str:
+    """``nvcc 13.0.88``."""
+    out = subprocess.run(["nvcc", "--version"], capture_output=True, text=True, check=True).stdout
+    return "nvcc " + re.search(r"V(\d+\.\d+\.\d+)", out)[1]
+
+
+def groups() -> list[str]:
+    """``cuda/rms_norm/sm_80`` and so on."""
+    sources = sorted(source.stem for source in SOURCES.glob("*.cu"))
+    return [f"cuda/{source}/sm_{arch}" for source in sources for arch in ARCHS]
+
+
+def rows(group: str, folder: Path) -> dict[str, dict]:
+    """The kernels of a file; the cubin stays in `folder` and serves until a source changes."""
+    _, name, target = group.split("/")
+    source, out = SOURCES / f"{name}.cu", folder / f"{name}.{target}.cubin"
+    log = out.with_suffix(".log")  # written last
+    headers = [p for room in ("cuda", "core") for p in (ROOT / "csrc" / room).glob("*.*h")]
+    newest = max(p.stat().st_mtime for p in (source, *headers))
+    if not log.exists() or log.stat().st_mtime < newest:
+        arch = target.removeprefix("sm_")
+        command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
+        command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(source), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        if done.returncode:
+            raise RuntimeError(f"{done.stderr.strip()}\nfailed: {' '.join(command)}")
+        log.write_text(done.stdout + done.stderr)
+    spilled = {name: int(a) + int(b) for name, a, b in _SPILLS.findall(log.read_text())}
+    kernels = cubin.read(out)
+    names = cubin.demangled(list(kernels))
+    return {names[n]: k | {"spilled": spilled[n]} for n, k in kernels.items()}

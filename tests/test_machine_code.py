@@ -1,0 +1,131 @@
+"""The machine code of the GPU kernels: what was committed is good, and is what compilers make."""
+
+import json
+import struct
+
+import pytest
+
+from pyllm.bench import cubin, machine_code
+
+COMMITTED = json.loads(machine_code.TABLE.read_text())
+KERNELS = {
+    f"{group}: {name}": row
+    for group, kernels in COMMITTED["kernels"].items()
+    for name, row in kernels.items()
+}
+GATHERS = "pack_fragments_kernel"  # bytes here and there, once in the life of a weight
+# Compiled by every test run; the others take minutes and are slow tests.
+QUICK = ("cuda/flash_attention/sm_80", "cuda/flash_attention/sm_90a")
+
+
+def test_no_kernel_uses_local_memory():
+    bad = [name for name, row in KERNELS.items() if any(row.get(k) for k in machine_code.COSTS)]
+    assert not bad, f"they spill or index registers: {bad}"
+
+
+def test_every_kernel_loads_sixteen_bytes_at_once():
+    wide = ("ldg_128", "ldgsts", "bulk")
+    narrow = [
+        name for name, row in KERNELS.items() if not any(map(row.get, wide)) and GATHERS not in name
+    ]
+    assert not narrow, f"they have no 16-byte loads: {narrow}"
+
+
+def test_matrix_kernels_use_the_tensor_cores():
+    matrix = ("flash_attention_kernel", "paged_attention_kernel", "quant_matmul_kernel")
+    some = {name: row for name, row in KERNELS.items() if any(m in name for m in matrix)}
+    assert some
+    scalar = [n for n, row in some.items() if not any(row.get(k) for k in ("hmma", "imma", "gmma"))]
+    assert not scalar, f"they have no tensor core instructions: {scalar}"
+
+
+def test_every_group_is_in_the_table():
+    listed = [g for g in COMMITTED["kernels"] if not machine_code.missing(g.split("/")[0])]
+    found = machine_code.groups()
+    if not found:
+        pytest.skip("; ".join(map(str, map(machine_code.missing, machine_code.SOURCES))))
+    assert sorted(listed) == sorted(found), "make machine-code"
+
+
+def test_counting():
+    code = """
+        /*0000*/                   LDG.E.128.CONSTANT R4, [R2.64] ;
+        /*0010*/              @!P0 LDG.E.U16 R5, [R2.64] ;
+        /*0020*/             @!UP0 STG.E.64 [R2.64], R4 ;
+        /*0030*/                   LDGSTS.E.BYPASS.128 [R1], [R2.64] ;
+        /*0040*/                   HMMA.16816.F32 R4, R8, R12, R4 ;
+        /*0050*/                   STL [R1], R4 ;
+"""
+    assert cubin.count(code) == {
+        "hmma": 1, "ldg_128": 1, "ldg_narrow": 1, "stg_narrow": 1, "ldgsts": 1, "local": 1,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("registers", "threads", "shared", "blocks"),
+    [
+        (32, 1024, 0, 2),  # 64 warps
+        (33, 1024, 0, 1),  # 40 registers a lane are taken
+        (255, 128, 0, 2),
+        (24, 32, 0, 32),
+        (24, 32, 40 << 10, 4),
+    ],
+)
+def test_occupancy(registers, threads, shared, blocks):
+    assert cubin.blocks(registers, threads, shared) == blocks
+
+
+def test_launch_bounds_are_read():
+    names = b"\0.shstrtab\0.nv.info.some_kernel\0"
+    info = struct.pack("<BBH", 3, 0x1B, 255) + struct.pack("<BBHIII", 4, 5, 12, 32, 4, 2)
+    head = 64
+    at = head + len(names) + len(info)
+    sections = [(0, 0, 0, 0, 0, 0), (1, 3, 0, 0, head, len(names)),
+                (11, 1, 0, 0, head + len(names), len(info))]  # fmt: skip
+    elf = bytearray(head)
+    struct.pack_into("<Q", elf, 40, at)
+    struct.pack_into("<HHH", elf, 58, 64, len(sections), 1)
+    table = b"".join(struct.pack("<IIQQQQ", *s).ljust(64, b"\0") for s in sections)
+    assert cubin.max_threads(bytes(elf) + names + info + table) == {"some_kernel": 256}
+
+
+def test_what_got_worse_is_said():
+    good = {"registers": 64, "blocks": 4, "stack": 0, "spilled": 0, "ldg_128": 3, "hmma": 8}
+    bad = good | {"spilled": 8, "blocks": 3, "hmma": 9}
+    del bad["ldg_128"]
+    assert machine_code.worse({"k": good}, {"k": good}) == []
+    assert machine_code.worse({"k": good}, {"k": bad}) == [
+        "k: blocks 4 -> 3", "k: ldg_128 3 -> 0", "k: spilled 0 -> 8",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def compiled(tmp_path_factory):
+    """Groups by name. The first slow one compiles all slow ones, side by side."""
+    folder, found = tmp_path_factory.mktemp("machine_code"), {}
+
+    def get(group):
+        if group not in found:
+            together = [group] if group in QUICK else [g for g in SLOW if g in COMMITTED["kernels"]]
+            found.update(machine_code.measure(folder, together)["kernels"])
+        return found[group]
+
+    return get
+
+
+SLOW = [g for g in COMMITTED["kernels"] if g not in QUICK]
+
+
+@pytest.mark.parametrize(
+    "group", [*QUICK, *(pytest.param(g, marks=pytest.mark.slow) for g in SLOW)]
+)
+def test_compilers_make_what_was_committed(group, compiled):
+    source = group.split("/")[0]
+    if why := machine_code.missing(source):
+        pytest.skip(why)
+    compiler = machine_code.SOURCES[source].compiler()
+    if compiler != COMMITTED["compilers"][source]:
+        pytest.skip(f"the table is of {COMMITTED['compilers'][source]}, this is {compiler}")
+    found, before = compiled(group), COMMITTED["kernels"][group]
+    assert machine_code.worse(before, found) == []
+    assert found == before, "the code changed; if that is meant: make machine-code"
