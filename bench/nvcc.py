@@ -40,13 +40,12 @@ def rows(group: str, folder: Path) -> dict[str, dict]:
     """The kernels of a file; the cubin stays in `folder` and serves until a source changes."""
     _, name, target = group.split("/")
     source, out = SOURCES / f"{name}.cu", folder / f"{name}.{target}.cubin"
-    log = out.with_suffix(".log")  # written last
-    headers = [p for room in ("cuda", "core") for p in (ROOT / "csrc" / room).glob("*.*h")]
-    newest = max(p.stat().st_mtime for p in (source, *headers))
-    if not log.exists() or log.stat().st_mtime < newest:
+    log, used = out.with_suffix(".log"), out.with_suffix(".d")
+    if not log.exists() or log.stat().st_mtime < _newest(used):
         arch = target.removeprefix("sm_")
         command = ["nvcc", "-std=c++20", "-O3", f"-I{ROOT / 'csrc'}", "-Xptxas", "-v", "-cubin"]
         command += [f"-gencode=arch=compute_{arch},code=sm_{arch}", str(source), "-o", str(out)]
+        command += ["-MD", "-MF", str(used)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
             raise RuntimeError(f"{done.stderr.strip()}\nfailed: {' '.join(command)}")
@@ -55,3 +54,9 @@ def rows(group: str, folder: Path) -> dict[str, dict]:
     kernels = cubin.read(out)
     names = cubin.demangled(list(kernels))
     return {names[n]: k | {"spilled": spilled[n]} for n, k in kernels.items()}
+
+
+def _newest(used: Path) -> float:
+    """When a file that a cubin was made from last changed; infinity if one is gone."""
+    files = [Path(name) for name in used.read_text().split(":", 1)[1].replace("\\\n", "").split()]
+    return max(f.stat().st_mtime if f.exists() else float("inf") for f in files)

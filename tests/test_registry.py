@@ -1,5 +1,8 @@
 """Which backend serves."""
 
+from contextlib import contextmanager
+from types import SimpleNamespace
+
 import pytest
 import torch
 
@@ -84,3 +87,39 @@ def test_rules_name_ops_and_backends():
         assert set(rule.backends) <= set(registry.BACKENDS)
         assert rule.ops == "*" or set(rule.ops.split()) <= set(OPS)
         assert rule.why
+
+
+@pytest.fixture
+def current(monkeypatch):
+    """The current device as a list of one, without a GPU."""
+    now = [0]
+
+    @contextmanager
+    def use(index):
+        before, now[0] = now[0], index
+        try:
+            yield
+        finally:
+            now[0] = before
+
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: now[0])
+    monkeypatch.setattr(torch.cuda, "device", use)
+    return now
+
+
+def on(index):
+    return SimpleNamespace(is_cuda=True, device=index, get_device=lambda: index)
+
+
+def test_kernels_are_launched_on_the_device_of_their_tensors(current):
+    launch = device.guarded(on(1), lambda x, *, out: (x, out, current[0]))
+    assert launch(1, out=2) == (1, 2, 1)
+    assert current == [0]
+
+
+@pytest.mark.parametrize("x", [on(0), torch.zeros(1)])
+def test_nothing_is_changed_where_the_device_is_the_current_one(current, x):
+    def function():
+        raise AssertionError
+
+    assert device.guarded(x, function) is function
