@@ -99,7 +99,10 @@ def kernels_(
     ] = None,
     device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any.")] = None,
     match: Annotated[str | None, typer.Option(help="Only cases that have this in them.")] = None,
-    threads: Threads = None, rounds: Rounds = 15,
+    threads: Threads = None,
+    rounds: Annotated[int, typer.Option(help="0: only verify.", min=0)] = 15,
+    resume: Annotated[bool, typer.Option(help="Add what the JSON does not have yet, if it is of "
+                                         "this commit and device.")] = False,
     markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="JSON there, and CSV beside it; default: bench-results/.")
@@ -114,13 +117,18 @@ def kernels_(
     from . import shapes as s
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    where = record.environment(_threads(threads))
+    threads = _threads(threads)
+    where = record.environment(threads)
+    name = "-".join(["kernels", *sorted(op or [])]) + ".json"
+    out = out or Path("bench-results") / record.device(threads, device) / name
     columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("limits", total=None)
         data = kernels.measure(
             op, s.parse(shapes) if shapes else None, dtype, backend, baseline, device=device,
             threads=threads, rounds=rounds, match=match,
+            before=record.before(out, where) if resume else None,
+            save=lambda data: record.write(out, data, where),
             progress=lambda done, total, text: bar.update(
                 task, completed=done, total=total, description=text
             ),
@@ -129,16 +137,17 @@ def kernels_(
         print(kernels.markdown(data), end="")
     else:
         console = Console(width=None if sys.stdout.isatty() else 160)
-        console.print(kernels.table(data))
+        if data["rows"]:
+            console.print(kernels.table(data))
         for line in kernels.remarks(data):
             console.print(line)
         if where["contended"]:
             console.print(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
-    name = "-".join(["kernels", *sorted(op or [])]) + ".json"
-    out = out or Path("bench-results") / record.device(_threads(threads)) / name
     record.write(out, data, where)
     kernels.write_csv(data, out.with_suffix(".csv"))
     print(out, file=sys.stderr)
+    if data["failed"]:
+        raise typer.Exit(1)
 
 
 @app.command()

@@ -29,9 +29,10 @@ EMULATED = {"emulator"}
 
 def measure(
     ops=None, shapes=None, dtype=None, backend=None, baseline=None, *, device="cpu", threads=None,
-    rounds=15, match=None, progress=lambda done, total, text: None,
+    rounds=15, match=None, before=None, save=lambda data: None,
+    progress=lambda done, total, text: None,
 ):  # fmt: skip
-    """Verifies and times every case.
+    """Verifies and times every case. What is wrong is not timed, and the rest goes on.
 
     Args:
         ops: names out of `OPS`; None for all.
@@ -39,10 +40,14 @@ def measure(
         dtype: of `DTYPES`; None for float32 on a CPU, the runtime's there, and bfloat16 on a GPU.
         backend: of ours; None for the one that `registry` picks.
         baseline: names joined by commas, see `baselines.select`.
+        rounds: 0 only verifies.
         match: only cases whose shape has this in it.
+        before: what an earlier call returned: cases in it are not done again.
+        save: called with what there is after every case.
 
-    Raises:
-        AssertionError: where a result is wrong: what is wrong is not timed.
+    Returns:
+        ``rows`` of what was timed, ``verified`` of what was right, ``failed`` with its error, and
+        ``absent``: ops that the backend does not have, and baselines, with why.
     """
     dtype = dtype or ("float32" if device == "cpu" else "bfloat16")
     shapes = shapes or {n: SHAPES[n] for n in ["smollm2-135m" if device == "cpu" else "llama3-8b"]}
@@ -50,27 +55,66 @@ def measure(
         raise ValueError(f"--op: expected {', '.join(OPS)}; got {', '.join(sorted(unknown))}")
     if dtype not in DTYPES:
         raise ValueError(f"--dtype: expected {', '.join(DTYPES)}; got {dtype}")
-    others, absent = baselines.select(baseline, device)
+    others, absent = baselines.select(baseline if rounds else "none", device)
     small = backend in EMULATED or (backend == "triton" and device == "cpu")
     setting = Setting(device, DTYPES[dtype], small or set(shapes) == {"tiny"})
     threads = _set_threads(threads)
-    found = [
-        case
-        for op in ops or OPS
-        for name, shape in shapes.items()
-        for case in _cases(op, name, shape, setting)
-        if not match or match in case.shape
-    ]
-    roof = limits.measure(threads) if device == "cpu" else limits.measure_cuda()
-    rows = []
+    data = {"kind": "kernels", "device": device, "threads": threads, "dtype": dtype, "limits": {}}
+    data |= {"rows": [], "verified": [], "failed": [], "absent": {}, "emulated": small}
+    data |= before or {}
+    data["absent"] |= absent
+    found = []
+    for op in ops or OPS:
+        if why := _why_not(op, backend, device):
+            data["absent"][f"{op} on {backend}"] = why
+            continue
+        found += [
+            case
+            for name, shape in shapes.items()
+            for case in _cases(op, name, shape, setting)
+            if not match or match in case.shape
+        ]
+    parts = ("rows", "failed") if rounds else ("verified", "failed")
+    done = {(r["op"], r["shape"], r["asked"]) for part in parts for r in data[part]}
+    found = [case for case in found if (case.op, case.shape, backend) not in done]
+    if found and rounds:
+        data["limits"] = limits.measure(threads) if device == "cpu" else limits.measure_cuda()
     for i, case in enumerate(found):
         progress(i, len(found), f"{case.op} {case.shape}")
-        rows.append(_row(case, setting, backend, others, roof, rounds))
+        about = {"op": case.op, "shape": case.shape, "asked": backend}
+        try:
+            arguments = case.make()
+            about["backend"] = verify(case, arguments, backend)
+            data["verified"].append(about)
+            if rounds:
+                row = _row(case, arguments, setting, about["backend"], others, data, rounds)
+                data["rows"].append(about | row)
+        except Exception as error:  # a wrong result, or anything that a kernel may do
+            data["failed"].append(about | {"error": f"{type(error).__name__}: {error}"})
+        save(data)
+        if not _usable(device):
+            break
     progress(len(found), len(found), "done")
-    return {
-        "kind": "kernels", "device": device, "threads": threads, "dtype": dtype, "limits": roof,
-        "rows": rows, "absent": absent, "emulated": small,
-    }  # fmt: skip
+    return data
+
+
+def _why_not(op, backend, device):
+    """Why `backend` has no case of `op`, or None."""
+    try:
+        registry.OPS[op].choose(device, backend)
+    except registry.BackendError as error:
+        return str(error).partition("was asked for, but ")[2] or str(error)
+    return None
+
+
+def _usable(device):
+    """Whether the device still answers: after an illegal access no call of this process does."""
+    try:
+        if device == "cuda":
+            torch.cuda.synchronize()
+        return True
+    except RuntimeError:
+        return False
 
 
 def _set_threads(threads):
@@ -90,43 +134,45 @@ def _cases(op, name, shape, setting):
 def verify(case, arguments, backend) -> str:
     """Holds the kernel to the rule of the tests; returns the backend that served."""
     first = next(iter(arguments.values()))
-    op = registry.OPS[case.op]
-    chosen = op.choose(first.device.type, backend)
+    chosen = registry.OPS[case.op].choose(first.device.type, backend, first)
     if chosen != "reference":
-        meant = case.meant(arguments, chosen)
-        for ours, exact, rounded in zip(
-            tensors(case.call(arguments, chosen)),
+        ours = [case.part_of_result(y) for y in tensors(case.call(arguments, chosen))]
+        meant = case.part(case.meant(arguments, chosen))
+        for y, exact, rounded in zip(
+            ours,
             tensors(case.call(wide(meant), "reference")),
             tensors(baselines.TORCH[case.op](meant, case.options)()),
             strict=True,
         ):
-            if ours.dtype.is_floating_point:
-                testing.assert_close(ours, exact, rounded, what=case.shape)
+            if y.dtype.is_floating_point:
+                testing.assert_close(y, exact, rounded, what=case.shape)
             else:
-                assert torch.equal(ours.long(), exact.long()), f"{case.shape}: other tokens"
+                assert torch.equal(y.long(), exact.long()), f"{case.shape}: other tokens"
     return chosen
 
 
-def _row(case, setting, backend, others, roof, rounds):
-    first = case.make()
-    served = verify(case, first, backend)
+def _row(case, first, setting, served, others, data, rounds):
     sets = [first, *(case.make() for _ in range(_n_sets(first, setting) - 1))]
     contenders = {"pyllm": [_call(case, a, served) for a in sets]}
-    for other in others:
-        prepare = other.ops.get(case.op)
-        calls = [prepare(a, case.options) for a in sets] if prepare else [None]
-        if all(calls):
-            contenders[other.name] = calls
-    load = record.OtherLoad()
     with torch.inference_mode():
+        for other in others:
+            try:
+                calls = _prepared(other, case, sets)
+            except Exception as error:  # what others raise must not keep ours from being timed
+                what = str(error).strip().partition("\n")[0]
+                data["absent"][f"{other.name} of {case.op}"] = f"{type(error).__name__}: {what}"
+                continue
+            if calls:
+                contenders[other.name] = calls
+        load = record.OtherLoad()
         times = timing.measure(contenders, device=setting.device, rounds=rounds)
     busy = load.cores()
-    floor = floor_seconds(case, roof)
+    floor = floor_seconds(case, data["limits"])
     ours = times["pyllm"].summary()
     return {
-        "op": case.op, "shape": case.shape, "backend": served, "size": case.size,
-        "nbytes": case.nbytes, "operations": case.operations, "arithmetic": case.arithmetic,
-        "sets": len(sets), "cold": len(sets) * _set_bytes(first) >= last_cache(setting.device),
+        "size": case.size, "nbytes": case.nbytes, "operations": case.operations,
+        "arithmetic": case.arithmetic, "sets": len(sets),
+        "cold": len(sets) * _set_bytes(first) >= last_cache(setting.device),
         "busy_cores": busy, **ours, "gb_per_s": case.nbytes / ours["seconds"] / 1e9,
         "gflops": case.operations / ours["seconds"] / 1e9,
         "share": floor / ours["seconds"] if floor else None,
@@ -136,6 +182,16 @@ def _row(case, setting, backend, others, roof, rounds):
             if name != "pyllm"
         },
     }  # fmt: skip
+
+
+def _prepared(other, case, sets):
+    """The calls of a baseline, each having been made once; None where it does not do this case."""
+    prepare = other.ops.get(case.op)
+    calls = [prepare(a, case.options) for a in sets] if prepare else [None]
+    if not all(calls):
+        return None
+    calls[0]()
+    return calls
 
 
 def _call(case, arguments, backend):
@@ -219,6 +275,13 @@ def remarks(data) -> list[str]:
     lines = []
     if data["absent"]:
         lines.append("absent: " + "; ".join(f"{n}, {why}" for n, why in data["absent"].items()))
+    lines += [
+        f"FAILED: {f['op']} {f['shape']} on {f.get('backend') or f['asked']}: "
+        f"{f['error'].strip().partition(chr(10))[0]}"
+        for f in data["failed"]
+    ]
+    if not data["rows"]:
+        lines.append(f"verified: {len(data['verified'])} cases")
     if data["emulated"]:
         lines.append("An emulator or interpreter ran the kernels: the times mean nothing.")
     for note, (_, meaning) in NOTES.items():

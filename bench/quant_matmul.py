@@ -24,7 +24,7 @@ def cases(model, shape, setting):
 
 def _case(model, name, tokens, n, k, format, setting):
     bits, symmetric = FORMATS[format]
-    weight = random_weight(n, k, bits, symmetric, setting.device)
+    weight_bytes = packing.packed_bytes(n, k, bits, GROUP, not symmetric)
     x, y = setting.rand(tokens, k), setting.rand(tokens, n)
 
     def make():
@@ -46,7 +46,7 @@ def _case(model, name, tokens, n, k, format, setting):
     int8 = setting.device == "cpu"
     return Case(
         "quant_matmul", f"{model}, {name} {format} {tokens} x {k} x {n}", make, call,
-        nbytes(x, y, weight), 2 * tokens * n * k,
+        nbytes(x, y) + weight_bytes, 2 * tokens * n * k,
         "int8_gops" if int8 else "bfloat16_gflops", size=tokens, meant=meant,
     )  # fmt: skip
 

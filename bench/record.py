@@ -18,7 +18,7 @@ RESULTS = HERE / "results" if CHECKOUT else Path("bench-results")
 
 PACKAGES = [
     "torch", "numpy", "llama-cpp-python", "transformers", "openvino", "openvino-genai",
-    "onnxruntime-genai",
+    "onnxruntime-genai", "triton", "liger-kernel", "gemlite", "flash-attn", "flashinfer-python",
 ]  # fmt: skip
 # Of one core, by others, while we sleep: over this a run is marked as contended.
 BUSY = 0.1
@@ -37,7 +37,7 @@ def environment(threads, other=None) -> dict:
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(), "threads": threads, "flags": flags(), "machine": machine(),
-        "versions": versions(other), "load_average": load, "busy_cores": busy,
+        "gpu": gpu(), "versions": versions(other), "load_average": load, "busy_cores": busy,
         "contended": busy > BUSY,
     }  # fmt: skip
 
@@ -46,6 +46,30 @@ def write(path, data, where) -> None:
     """Writes a benchmark's figures and their environment as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(data | {"environment": where}, indent=1) + "\n")
+
+
+def before(path, where) -> dict | None:
+    """What was written there by this very commit on the same device, or None."""
+    if not path.exists():
+        return None
+    data = json.loads(path.read_text())
+    then = data.pop("environment")
+    same = all(then.get(name) == where[name] for name in ("commit", "gpu", "threads"))
+    return data if same and not where["commit"].endswith(("-dirty", "unknown")) else None
+
+
+def gpu() -> dict | None:
+    """The CUDA device: name, compute capability, multiprocessors, bytes, and CUDA's version."""
+    import torch  # here: an environment of peers may lack it
+
+    if not torch.cuda.is_available():
+        return None
+    about = torch.cuda.get_device_properties(0)
+    return {
+        "name": about.name, "capability": f"{about.major}.{about.minor}",
+        "multiprocessors": about.multi_processor_count, "bytes": about.total_memory,
+        "cuda": torch.version.cuda,
+    }  # fmt: skip
 
 
 def busy_cores(seconds=1.0) -> float:
@@ -75,7 +99,10 @@ class OtherLoad:
 
 
 def commit() -> str:
-    """The commit that is measured, ``-dirty`` if files differ from it; installed, the version."""
+    """The commit that is measured, ``-dirty`` if files differ from it; installed, the version.
+    ``PYLLM_COMMIT`` says it where the files have come without their repository."""
+    if told := os.environ.get("PYLLM_COMMIT"):
+        return told
     if CHECKOUT is None:
         return f"pyllm {pyllm.__version__}"
     run = _git("rev-parse", "--short=12", "HEAD")
@@ -112,10 +139,13 @@ def versions(other=None) -> dict:
     return found
 
 
-def device(threads) -> str:
-    """A folder's name for this machine: processor, instruction set and threads."""
+def device(threads, kind="cpu") -> str:
+    """A folder's name for this machine: processor, instruction set and threads; of its GPU for
+    `kind` "cuda"."""
     from pyllm.cli.report import machine
 
+    if kind == "cuda":
+        return re.sub(r"[^a-z0-9]+", "-", gpu()["name"].lower()).strip("-")
     about = machine()
     isa = next(n for n, use in about["instruction sets"].items() if use == "in use")
     name = f"{about['processor'].partition('@')[0]} {_family()} {isa} {threads} threads"

@@ -1,5 +1,6 @@
 """Kernel benchmarks on tiny shapes: what they check and write, never how fast anything was."""
 
+import copy
 import csv
 import itertools
 import json
@@ -9,7 +10,9 @@ import pytest
 import torch
 from test_bench import bench
 
-from pyllm.bench import baselines, case, kernels, shapes, timing
+from pyllm.bench import baselines, case, kernels, record, shapes, timing
+
+TINY = {"tiny": shapes.SHAPES["tiny"]}
 
 
 def times(*rounds):
@@ -52,8 +55,79 @@ def test_wrong_results_are_not_timed(op, monkeypatch):
         arguments[-2].add_(1)
 
     monkeypatch.setitem(kernels.registry.OPS[op].backends, "cpu", wrong)
-    with pytest.raises(AssertionError, match="tiny"):
-        kernels.measure([op], {"tiny": shapes.SHAPES["tiny"]}, baseline="none", rounds=1)
+    data = kernels.measure([op], TINY, baseline="none", rounds=1)
+    assert not data["rows"]
+    assert all("AssertionError: tiny" in case["error"] for case in data["failed"])
+    assert len(data["failed"]) == 4
+    assert any(f"FAILED: {op} tiny" in line for line in kernels.remarks(data))
+
+
+def test_what_was_done_is_not_done_again():
+    """Neither what was timed nor what failed; the rest is added, also by another backend."""
+    saved = []
+    first = kernels.measure(["rms_norm"], TINY, baseline="none", rounds=1, match="1 x 64")
+    first["failed"].append({**first["rows"].pop(), "error": "wrong"})
+    assert [len(first[part]) for part in ("rows", "failed")] == [1, 1]
+    both = kernels.measure(
+        ["rms_norm"], TINY, baseline="none", rounds=1, before=copy.deepcopy(first),
+        save=lambda data: saved.append(len(data["rows"])),
+    )  # fmt: skip
+    assert both["rows"][0] == first["rows"][0]
+    assert both["failed"] == first["failed"]
+    assert saved == [2, 3]
+    again = kernels.measure(
+        ["rms_norm"], TINY, backend="reference", baseline="none", rounds=1, before=both
+    )
+    assert [row["backend"] for row in again["rows"]] == ["cpu"] * 3 + ["reference"] * 4
+
+
+def test_only_verified():
+    data = kernels.measure(["rms_norm"], TINY, rounds=0)
+    assert not data["rows"]
+    assert len(data["verified"]) == 4
+
+
+def test_what_a_backend_lacks_is_absent():
+    data = kernels.measure(["sample"], TINY, backend="cuda", rounds=1)
+    assert not data["rows"]
+    assert "sample on cuda" in data["absent"]
+
+
+def test_a_baseline_that_fails_is_absent(monkeypatch):
+    def broken(arguments, options):
+        raise RuntimeError("no kernel image")
+
+    other = baselines.Baseline("other", {"rms_norm": broken})
+    monkeypatch.setattr(baselines, "BASELINES", [*baselines.BASELINES, other])
+    data = kernels.measure(["rms_norm"], TINY, baseline="other", rounds=1)
+    assert len(data["rows"]) == 4
+    assert data["absent"] == {"other of rms_norm": "RuntimeError: no kernel image"}
+
+
+def test_results_are_resumed_at_the_same_commit_only(tmp_path, monkeypatch):
+    path, where = tmp_path / "kernels.json", {"commit": "abc", "gpu": None, "threads": 2}
+    assert record.before(path, where) is None
+    record.write(path, {"rows": [1]}, where)
+    assert record.before(path, where) == {"rows": [1]}
+    for other in ({"commit": "abd"}, {"gpu": {"name": "X"}}, {"threads": 3}):
+        assert record.before(path, where | other) is None
+    dirty = where | {"commit": "abc-dirty"}
+    record.write(path, {"rows": [1]}, dirty)
+    assert record.before(path, dirty) is None
+    monkeypatch.setenv("PYLLM_COMMIT", "told")
+    assert record.commit() == "told"
+
+
+def test_of_long_prompts_a_part_is_verified():
+    setting = case.Setting("cpu", torch.float32)
+    found = kernels._cases(
+        "flash_attention", "m", shapes.parse("64x96x65x5x8x128")["64x96x65x5x8x128"], setting
+    )
+    long = next(c for c in found if c.size == 1024)
+    q = long.make()["q"]
+    assert long.part({"q": q})["q"].shape == (1, 1024, 1, 8)
+    short = next(c for c in found if c.size == 128)
+    assert short.part_of_result(q) is q
 
 
 def test_bytes_and_operations():
