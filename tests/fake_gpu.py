@@ -8,12 +8,13 @@ have a size that depends on values, tensors from lists and arrays (copies from p
 waiting, and reading memory that the warm-up before had not read.
 """
 
+import importlib.util
 import random
 from contextlib import contextmanager
 
 import torch
 from torch.overrides import TorchFunctionMode
-from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
 from torch.utils._pytree import tree_leaves
 
 from pyllm import _C
@@ -219,6 +220,16 @@ class World:
             monkeypatch.setattr(torch.cuda, name, stand_in)
         library = ops_device.library
         monkeypatch.setattr(ops_device, "library", lambda name: _Library(self, library(name)))
+        if importlib.util.find_spec("triton"):
+            from triton.runtime.interpreter import InterpretedFunction
+
+            run = InterpretedFunction.run
+            monkeypatch.setattr(
+                InterpretedFunction, "run",
+                lambda kernel, *arguments, **options: self.launch(
+                    run, kernel, *arguments, **options
+                ),
+            )  # fmt: skip
         return self
 
     def launch(self, function, *arguments, **options):
@@ -228,7 +239,8 @@ class World:
         else:
             if self.warm:
                 self.warm.launch(function, arguments, options)
-            function(*arguments, **options)
+            with _disable_current_modes():
+                function(*arguments, **options)
 
     def begin(self, function):
         self.queue.append(function)
@@ -267,11 +279,12 @@ class FakeGpu(Gpu):
 
     Args:
         halves: as of a `Gpu`; False for kernels of the processor, which compute in float32.
+        memory: what ``free_bytes`` says.
     """
 
-    def __init__(self, world, halves=False):
+    def __init__(self, world, halves=False, memory=1e9):
         self.world = world
-        self.halves = halves
+        self.halves, self.memory = halves, memory
         self._pinned = set()
         super().__init__(torch.device("cpu"))
 
@@ -279,6 +292,9 @@ class FakeGpu(Gpu):
         memory = torch.zeros(nbytes, dtype=torch.uint8)
         self._pinned.add(_storage(memory))
         return memory
+
+    def free_bytes(self):
+        return self.memory
 
     def upload(self, mirror, host):
         self._check_copy(mirror, host)

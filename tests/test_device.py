@@ -170,6 +170,18 @@ def test_leaving_early(monkeypatch, world, path, plain):
         assert llm.engine.cache.n_free == llm.engine.cache.n_pages
 
 
+def test_keys_and_values_fit_into_memory(monkeypatch, path):
+    world = World().install(monkeypatch)
+    token = 2 * 2 * 2 * 16 * 2  # layers, keys and values, heads, head dim, bytes
+    for room, memory in ((300, 300 * token), (2048, 1e9)):
+        monkeypatch.setattr(llm_module, "find_device", lambda _, m=memory: FakeGpu(world, memory=m))
+        llm = LLM(path, max_context=256)
+        assert room - 64 < llm.engine.cache.n_pages * 32 <= room
+    monkeypatch.setattr(llm_module, "find_device", lambda _: FakeGpu(world, memory=300 * token))
+    with pytest.raises(ValueError, match=r"max_context: 301 tokens take .* room for 268 tokens"):
+        LLM(path, max_context=301)
+
+
 def test_eager_too(monkeypatch, world, path, plain):
     llm = on_device(monkeypatch, world, path, replay=False)
     assert answers(llm, prompts(3)) == answers(plain, prompts(3))

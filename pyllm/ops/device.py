@@ -6,6 +6,8 @@ import importlib
 import importlib.util
 import json
 import os
+import threading
+from contextlib import contextmanager
 from pathlib import Path
 
 import torch
@@ -52,6 +54,26 @@ def library(backend: str):
     if backend == "emulator":
         kernels.configure(int(os.environ.get("PYLLM_EMULATOR_SEED", "1")), os.cpu_count())
     return kernels
+
+
+_local = threading.local()
+
+
+@contextmanager
+def own_graph():
+    """Within the block, a graph that is captured will be replayed on this same stream only."""
+    _local.own_graph = True
+    try:
+        yield
+    finally:
+        _local.own_graph = False
+
+
+def in_foreign_graph() -> bool:
+    """Whether a graph is being captured that may be replayed on any stream: beside itself, too."""
+    if getattr(_local, "own_graph", False):
+        return False
+    return torch.cuda.is_available() and torch.cuda.is_current_stream_capturing()
 
 
 def stream(x: torch.Tensor) -> int:

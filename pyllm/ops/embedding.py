@@ -36,14 +36,6 @@ def _reference(token_ids, weight, out):
     return y if out is None else out.copy_(y)
 
 
-@_OP.register("cuda")
-def _platform(token_ids, weight, out):
-    """PyTorch's own: copying rows leaves nothing to gain."""
-    if isinstance(weight, QuantTensor):
-        raise ValueError("embedding: backend 'cuda' takes no QuantTensor")
-    return torch.index_select(weight, 0, token_ids, **({} if out is None else {"out": out}))
-
-
 @_OP.register("cpu")
 def _cpu(token_ids, weight, out):
     quantized = isinstance(weight, QuantTensor)

@@ -191,8 +191,8 @@ for _backend in ("cuda", "emulator"):
 
 def _counters(where, stream):
     """int32 zeros, one a tile, that the kernel leaves as zeros: a set for each stream."""
-    if where.type == "cuda" and torch.cuda.is_current_stream_capturing():
-        # Memory of the graph, cleared at each replay.
+    if where.type == "cuda" and device.in_foreign_graph():
+        # Memory of the graph, cleared at each replay, which takes a launch.
         return torch.zeros(_MAX_TILES, dtype=torch.int32, device=where)
     return _stream_counters(where, stream)
 

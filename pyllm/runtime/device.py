@@ -11,6 +11,7 @@ import torch
 
 from pyllm import memory
 from pyllm.ops import alloc
+from pyllm.ops import device as ops_device
 from pyllm.ops.registry import OPS
 from pyllm.runtime.graph import Arena, CudaGraph, capture
 
@@ -54,6 +55,8 @@ def find_device(name: str | None) -> "Processor | Gpu":
     return Gpu(torch.device("cuda", number))
 
 
+# Of what is free once the weights are loaded; steps need the rest.
+SHARE_OF_MEMORY = 0.85
 # Ops whose reference looks at values on the host, which no graph can hold.
 _REFERENCE_READS_VALUES = ("paged_attention", "rope_cache", "sample")
 
@@ -100,7 +103,11 @@ class Processor:
         return _nothing
 
     def synchronize(self) -> None:
-        """Waits for all that was begun."""
+        """Waits for all that was begun, by others too."""
+
+    def free_bytes(self) -> float:
+        """What keys and values may take."""
+        return float("inf")  # the system hands memory out when it is touched
 
     def padded(self, n_sequences: int) -> int:
         """How many sequences a step with one token each is run with."""
@@ -137,8 +144,6 @@ class Gpu:
 
     def __init__(self, device: torch.device):
         self.torch_device = device
-        # What was loaded was loaded on another stream.
-        torch.cuda.synchronize(device)
         self._stream = torch.cuda.Stream(device)
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -166,7 +171,10 @@ class Gpu:
         return event.synchronize
 
     def synchronize(self):
-        self._stream.synchronize()
+        torch.cuda.synchronize(self.torch_device)
+
+    def free_bytes(self):
+        return SHARE_OF_MEMORY * torch.cuda.mem_get_info(self.torch_device)[0]
 
     def padded(self, n_sequences):
         return bucket(n_sequences)
@@ -180,7 +188,7 @@ class Gpu:
             step()
 
     def capture(self, step):
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(self._stream), ops_device.own_graph():
             return CudaGraph(step, self._pool)
 
 

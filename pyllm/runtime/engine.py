@@ -87,6 +87,7 @@ class Engine:
         self._under_way: _Step | None = None
         self._turn = 0
         self._lock = RLock()
+        self.device.synchronize()  # with what loaded the weights
 
     def add(self, sequence: Sequence) -> None:
         """Queues a request."""

@@ -11,8 +11,9 @@ from pyllm.collector import paused_collector
 from pyllm.loading import open_checkpoint, resolve
 from pyllm.models import build
 from pyllm.ops.registry import check_names, default_backend, use
+from pyllm.runtime.cache import cache_nbytes
 from pyllm.runtime.device import find_device
-from pyllm.runtime.engine import Engine
+from pyllm.runtime.engine import PAGE_SIZE, Engine
 from pyllm.runtime.lookup import PromptLookup
 from pyllm.runtime.sampling import SamplingParams
 from pyllm.runtime.sequence import Completion, Sequence
@@ -79,11 +80,12 @@ class LLM:
             raise ValueError(
                 f"max_context: expected 1 to {limit} (the model's limit), got {max_context!r}"
             )
+        cache_tokens = _cache_tokens(self.model.config, self.max_context, max_batch, dtype, where)
         self.engine = Engine(
             self.model, max_context=self.max_context, max_batch=max_batch,
             max_tokens=max_tokens or where.max_tokens,
-            cache_tokens=self.max_context * min(max_batch, 8),
-            cache_dtype=dtype, replay=replay, backend=backend, device=where,
+            cache_tokens=cache_tokens, cache_dtype=dtype, replay=replay, backend=backend,
+            device=where,
         )  # fmt: skip
 
     @property
@@ -246,6 +248,22 @@ def _dtype(asked, where, checkpoint) -> torch.dtype:
     if name not in known:
         raise ValueError(f"dtype: expected {' or '.join(known)}, got {asked!r}")
     return known[name]
+
+
+def _cache_tokens(config, max_context, max_batch, dtype, where) -> int:
+    """How many tokens' keys and values to keep: of eight full sequences, or as memory allows."""
+    token = cache_nbytes(
+        n_layers=config.n_layers, n_tokens=1, page_size=1, kv_heads=config.n_kv_heads,
+        head_dim=config.head_dim, dtype=dtype,
+    )  # fmt: skip
+    room = where.free_bytes() / token - PAGE_SIZE  # of the spare page
+    if room < max_context:
+        raise ValueError(
+            f"max_context: {max_context} tokens take {max_context * token / 1e9:.2f} GB of keys "
+            f"and values; on {where.torch_device} there is room for {max(int(room), 0)} tokens "
+            "beside the weights"
+        )
+    return int(min(room, max_context * min(max_batch, 8)))
 
 
 def _is_ids(prompt) -> bool:
