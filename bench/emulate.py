@@ -13,7 +13,7 @@ import torch
 
 from pyllm import ops
 from pyllm.ops import device
-from pyllm.quant import QuantTensor
+from pyllm.quant import QuantRows, QuantTensor
 
 TABLE = Path(__file__).with_name("traffic.json")
 
@@ -56,6 +56,11 @@ def _quant_matmul(rows, n=1024, k=2048, **format):
     ops.quant_matmul(x, ops.pack_fragments(weight, backend="cpu"), backend="emulator")
 
 
+def _quant_rows_matmul(rows, n=1024, k=2048):
+    x, weight = (QuantRows.from_float(torch.randn(m, k), torch.int8) for m in (rows, n))
+    ops.quant_matmul(x, weight, backend="emulator")
+
+
 # Op: case: what runs it. Sizes are small, as the emulator is slow, but large enough to be typical.
 CASES = {
     "layer_norm": _norm_cases("layer_norm"),
@@ -69,6 +74,10 @@ CASES = {
         "8 bits in rows, 1 x 1024 x 2048": lambda: _quant_matmul(
             1, bits=8, symmetric=True, group_size=None
         ),
+        "int8 by int8, 1 x 1024 x 2048": lambda: _quant_rows_matmul(1),
+        "int8 by int8, 16 x 1024 x 2048": lambda: _quant_rows_matmul(16),
+        "int8 by int8, 128 x 896 x 1024": lambda: _quant_rows_matmul(128, 896, 1024),
+        "int8 by int8, 256 x 1792 x 256": lambda: _quant_rows_matmul(256, 1792, 256),
     },
     "rms_norm": _norm_cases("rms_norm"),
     "rms_norm_backward": _norm_backward_cases("rms_norm_backward"),

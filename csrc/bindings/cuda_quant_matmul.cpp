@@ -60,12 +60,65 @@ void cuda_pack_fragments(DeviceLibrary& library, DeviceTensor packed, int64_t n,
               {{"weight", packed}, {"out", out}});
 }
 
+cuda::QuantRowsPlan rows_plan(int64_t rows, int64_t n, int64_t k, int multiprocessors) {
+  using Plan = cuda::QuantRowsPlan;
+  return Plan::of(std::min(rows, Plan::most_rows(n)), n, k, multiprocessors);
+}
+
+// The words of scratch that cuda_quant_rows_matmul needs.
+int64_t quant_rows_matmul_scratch(int64_t rows, int64_t n, int64_t k, int multiprocessors) {
+  return n > 0 && n < 1 << 23 ? rows_plan(rows, n, k, multiprocessors).partial_size() : 0;
+}
+
+void cuda_quant_rows_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor x_scale,
+                            DeviceTensor w, DeviceTensor w_scale, DeviceTensor bias, DeviceTensor y,
+                            int multiprocessors, DeviceTensor partial, DeviceTensor arrived,
+                            uintptr_t stream) {
+  Check c("quant_matmul");
+  c(x, "x", "T K", {DType::I8});
+  c(x_scale, "x.scale", "T", {DType::F32});
+  c(w, "weight", "N K", {DType::I8});
+  c(w_scale, "weight.scale", "N", {DType::F32});
+  c.optional(bias, "bias", "N", {DType::F32});
+  c(y, "out", "T N", kFloats);
+  if (y.numel() == 0) return;
+  const int64_t k = c.dim("K"), n = c.dim("N");
+  c.require(k > 0 && k % 16 == 0 && k < 1 << 17,
+            "x: expected K to be a multiple of 16 and below 2^17 (a sum of int8 products must fit "
+            "int32), got " +
+                describe(x));
+  c.require(n < 1 << 23, "weight: expected fewer than 2^23 rows, got " + describe(w));
+  for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"x", x}, {"weight", w}})
+    c.require(
+        reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.shape[0] == 1 || t.stride[0] % 16 == 0),
+        std::string(name) + ": expected rows aligned to 16 bytes, got " + describe(t));
+  c.require(multiprocessors > 0 && multiprocessors < 65536, "expected a count of multiprocessors");
+  c(partial, "partial", "_", {DType::I32}, true);
+  c.require(partial.shape[0] >= rows_plan(c.dim("T"), n, k, multiprocessors).partial_size(),
+            "partial: expected more scratch");
+  c(arrived, "arrived", "_", {DType::I32}, true);
+  c.require(arrived.shape[0] >= cuda::QuantRowsPlan::kMaxTiles,
+            "arrived: expected a counter a tile");
+  library.run(&cuda::Kernels::quant_rows_matmul,
+              {x, x_scale, w, w_scale, bias, y, partial, arrived, multiprocessors}, stream,
+              {{"x", x},
+               {"x.scale", x_scale},
+               {"weight", w},
+               {"weight.scale", w_scale},
+               {"bias", bias},
+               {"out", y},
+               {"partial", partial},
+               {"arrived", arrived}});
+}
+
 }  // namespace
 
 void register_cuda_quant_matmul(DeviceLibraryClass& c) {
   c.def("quant_matmul", &cuda_quant_matmul)
       .def("pack_fragments", &cuda_pack_fragments)
-      .def_static("quant_matmul_scratch", &quant_matmul_scratch);
+      .def("quant_rows_matmul", &cuda_quant_rows_matmul)
+      .def_static("quant_matmul_scratch", &quant_matmul_scratch)
+      .def_static("quant_rows_matmul_scratch", &quant_rows_matmul_scratch);
 }
 
 }  // namespace pyllm

@@ -5,6 +5,7 @@
 #include "cuda/norm.h"
 #include "cuda/paged_attention.h"
 #include "cuda/quant_matmul.h"
+#include "cuda/quant_rows_matmul.h"
 
 namespace pyllm::cuda {
 

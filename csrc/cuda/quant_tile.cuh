@@ -3,6 +3,7 @@
 #pragma once
 #include "cuda/dequantize.cuh"
 #include "cuda/quant_matmul.h"
+#include "cuda/stream_k.cuh"
 
 namespace pyllm::cuda {
 namespace {
@@ -20,9 +21,8 @@ struct Problem {
   int64_t x_stride;  // bytes
   int64_t y_stride;  // elements
   int n, k, strips, cells, spans, steps, rows;
-  int units;  // steps of all tiles
+  Ranges ranges;
   int share;  // of a span there are 2^share cells
-  int grain;  // ranges begin at multiples of 2^grain steps
   bool store_vectors;
 };
 
@@ -52,22 +52,6 @@ struct Config {
   // After the halves have exchanged what they add up.
   static constexpr int kOwnTiles = kTiles > 1 ? kTiles / 2 : 1;
 };
-
-// A place in the steps of all tiles.
-struct Place {
-  int tile, step;
-  __device__ __forceinline__ void advance(int steps) {
-    if (++step == steps) step = 0, ++tile;
-  }
-};
-
-// The block whose range holds a step.
-__device__ __forceinline__ int block_with(int64_t unit, const Problem& p) {
-  return static_cast<int>((((unit >> p.grain) + 1) * gridDim.x - 1) / (p.units >> p.grain));
-}
-__device__ __forceinline__ int first_unit(int64_t block, const Problem& p) {
-  return static_cast<int>((p.units >> p.grain) * block / gridDim.x) << p.grain;
-}
 
 template <class C>
 struct Multiplier {
@@ -252,8 +236,8 @@ struct Multiplier {
       }
       __syncthreads();
     }
-    const int first = block_with(tile * p.steps, p);
-    const int last = block_with((tile + 1) * p.steps - 1, p);
+    const int first = p.ranges.block_with(tile * p.steps);
+    const int last = p.ranges.block_with((tile + 1) * p.steps - 1);
     if (first == last || add_blocks(out, tile, first, last)) write(out, tile);
   }
 
@@ -263,7 +247,7 @@ struct Multiplier {
     const bool idle = C::kTiles == 1 && half == 1;  // the other half has it all
     // The part of the tile that a block has is the first in its range, or else the last.
     const auto at = [&](int block, int row) {
-      const int64_t slot = 2 * block + (first_unit(block, p) / p.steps < tile);
+      const int64_t slot = 2 * block + (p.ranges.first_step(block) < tile * p.steps);
       return p.partial + (slot * C::kRows + row) * (Plan::kTileRows / 4) + strip * 8 + g;
     };
 #pragma unroll
@@ -271,15 +255,7 @@ struct Multiplier {
 #pragma unroll
       for (int e = 0; e < 2; ++e)
         if (!idle && row_of(j, e) < p.rows) store(at(blockIdx.x, row_of(j, e)), out[j][e]);
-    __threadfence();
-    __syncthreads();
-    __shared__ bool all_there;
-    if (thread == 0) {
-      all_there = atomic_add_acq_rel(p.arrived + tile, 1) == static_cast<uint32_t>(last - first);
-      if (all_there) p.arrived[tile] = 0;  // for the next launch
-    }
-    __syncthreads();
-    if (!all_there) return false;
+    if (!last_to_arrive(p.arrived + tile, last - first)) return false;
     for (int block = first; block <= last; ++block)
 #pragma unroll
       for (int j = 0; j < C::kOwnTiles; ++j)

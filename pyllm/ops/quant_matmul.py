@@ -50,6 +50,8 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     if not isinstance(weight, QuantRows if rows else QuantTensor | QuantFragments):
         expected = "QuantRows or a QuantTensor" if rows else "a QuantTensor"
         raise TypeError(f"quant_matmul: weight: expected {expected}, got {type(weight).__name__}")
+    if rows and x.q.dtype != weight.q.dtype:
+        raise ValueError(f"quant_matmul: weight: expected {x.q.dtype} as x, got {weight.q.dtype}")
     tensor = x.q if rows else x.data if isinstance(x, QuantActivation) else x
     return _OP.implementation(tensor, backend)(x, weight, bias, out)
 
@@ -154,9 +156,10 @@ def _cpu(x, weight, bias, out):
 
 def _device(backend):
     def run(x, weight, bias, out):
-        if isinstance(x, QuantActivation | QuantRows):
-            kind = type(x).__name__
-            raise ValueError(f"quant_matmul: backend {backend!r} takes no {kind}")
+        if isinstance(x, QuantRows):
+            return _multiply_rows(backend, x, weight, bias, out)
+        if isinstance(x, QuantActivation):
+            raise ValueError(f"quant_matmul: backend {backend!r} takes no QuantActivation")
         device.check_same("quant_matmul", x, weight=weight, bias=bias, out=out)
         if isinstance(weight, QuantTensor):
             if backend not in weight.forms:
@@ -165,9 +168,7 @@ def _device(backend):
         n, k = weight.shape
         if out is None:
             out = torch.empty((*x.shape[:-1], n), dtype=x.dtype, device=x.device)
-        rows, library = as_rows(x), device.library(backend)
-        if rows.stride(1) == 1 and (rows.data_ptr() % 16 or rows.stride(0) % 8):
-            rows = rows.clone(memory_format=torch.contiguous_format)
+        rows, library = _aligned_rows(x), device.library(backend)
         multiprocessors, stream = device.multiprocessors(x.device), device.stream(x)
         scratch = library.quant_matmul_scratch(len(rows), n, k, weight.group_size, multiprocessors)
         library.quant_matmul(
@@ -183,6 +184,40 @@ def _device(backend):
         return out
 
     return run
+
+
+def _multiply_rows(backend, x, weight, bias, out):
+    """int8 by int8, on a device."""
+    parts = {"x.scale": x.scale, "weight": weight.q, "weight.scale": weight.scale}
+    device.check_same("quant_matmul", x.q, **parts, bias=bias, out=out)
+    (n, k), where = weight.q.shape, x.q.device
+    if out is None:
+        out = torch.empty((*x.q.shape[:-1], n), dtype=torch.float32, device=where)
+    rows, library = _aligned_rows(x.q), device.library(backend)
+    multiprocessors, stream = device.multiprocessors(where), device.stream(x.q)
+    scratch = library.quant_rows_matmul_scratch(len(rows), n, k, multiprocessors)
+    library.quant_rows_matmul(
+        rows,
+        x.scale.reshape(-1),
+        weight.q,
+        weight.scale,
+        bias,
+        as_rows(out),
+        multiprocessors,
+        torch.empty(scratch, dtype=torch.int32, device=where),
+        _counters(where, stream),
+        stream,
+    )
+    return out
+
+
+def _aligned_rows(x):
+    """`x [..., K]` as ``[T, K]``, copied if its rows are not aligned to 16 bytes."""
+    rows = as_rows(x)
+    step = rows.stride(0) * rows.element_size()
+    if rows.stride(1) == 1 and (rows.data_ptr() % 16 or step % 16):
+        rows = rows.clone(memory_format=torch.contiguous_format)
+    return rows
 
 
 for _backend in ("cuda", "emulator"):

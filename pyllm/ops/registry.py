@@ -48,11 +48,11 @@ class Rule:
 
 # No rule may look at the number of rows: the bits of a token would then hang on what else is in the
 # batch, and on how a prompt is cut.
-_NOT_HALVES = (torch.float32, torch.int8, torch.float8_e4m3fn)
+_NOT_HALVES = (torch.float32, torch.float8_e4m3fn)
 RULES = (
     Rule("*", "cpu", ("cpu", "reference"), "bench/results"),
     Rule("flash_attention paged_attention quant_matmul", "cuda", ("triton", "reference"),
-         "the CUDA kernels take halves only", dtypes=_NOT_HALVES),
+         "the CUDA kernels take halves, and int8", dtypes=_NOT_HALVES),
     Rule("flash_attention", "cuda", ("triton", "cuda", "reference"),
          "predicted: wgmma and tcgen05, where mma.sync has 60 % of the peak", archs=(90, 109)),
     Rule("*", "cuda", ("cuda", "triton", "reference"),
