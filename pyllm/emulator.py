@@ -282,7 +282,7 @@ def source_lines(library: str, addresses: list[int]) -> list[str]:
     places = []
     for block in re.split(r"^0x[0-9a-f]+\n", out, flags=re.MULTILINE)[1:]:
         frames = [line.split(" ")[0] for line in block.splitlines()]
-        frames = [f for f in frames if not f.startswith(("?", "cuda.h:", "primitives.cuh:"))]
+        frames = [f for f in frames if not f.startswith(("?", "cuda.h:", "ptx_"))]
         places.append(frames[0] if frames else "?")
     return places
 

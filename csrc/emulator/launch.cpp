@@ -128,7 +128,7 @@ std::string source_line(Pc pc, const Launch& launch) {
     char line[512];
     while (fgets(line, sizeof(line), pipe)) {
       line[strcspn(line, "\n ")] = 0;  // also drops "(discriminator 2)"
-      const bool own = !strncmp(line, "cuda.h:", 7) || !strncmp(line, "primitives.cuh:", 15);
+      const bool own = !strncmp(line, "cuda.h:", 7) || !strncmp(line, "ptx_", 4);
       if (found.empty() && !own && line[0] != '?') found = line;
     }
     pclose(pipe);
