@@ -58,5 +58,7 @@ def rows(group: str, folder: Path) -> dict[str, dict]:
 
 def _newest(used: Path) -> float:
     """When a file that a cubin was made from last changed; infinity if one is gone."""
+    if not used.exists():
+        return float("inf")
     files = [Path(name) for name in used.read_text().split(":", 1)[1].replace("\\\n", "").split()]
     return max(f.stat().st_mtime if f.exists() else float("inf") for f in files)
