@@ -1,5 +1,3 @@
-import datetime
-import json
 import os
 import sys
 from pathlib import Path
@@ -38,27 +36,31 @@ def pytest_collection_modifyitems(config, items):
                 item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
 
 
-# By op, with "triton" before it if it was that: how many tests on a device passed and failed.
+# By file, then by op, with "triton" before it if it was that: how many tests on a device passed and
+# failed.
 gpu_results = {}
 
 
 def pytest_runtest_logreport(report):
     if report.when == "call":
+        ops = gpu_results.setdefault(report.nodeid.partition("::")[0], {})
         for op in {value for name, value in report.user_properties if name == "device op"}:
-            gpu_results.setdefault(op, [0, 0])[report.failed] += 1
+            ops.setdefault(op, [0, 0])[report.failed] += 1
 
 
-def pytest_sessionfinish(session):
+def pytest_sessionfinish(session, exitstatus):
     path = session.config.getoption("--record-gpu")
-    if not path or not gpu_results:
+    files = {name: ops for name, ops in gpu_results.items() if ops}
+    if not path or not files:
         return
     from pyllm.bench import record
 
-    runs = json.loads(path.read_text()) if path.exists() else {}
-    now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-    run = {"commit": record.commit(), "date": now, "ops": dict(sorted(gpu_results.items()))}
-    runs[torch.cuda.get_device_name()] = run
-    path.write_text(json.dumps(runs, indent=1) + "\n")
+    where = record.environment(None)
+    data = record.before(path, where) or {"files": {}}
+    complete = exitstatus != pytest.ExitCode.INTERRUPTED
+    for name, ops in files.items():
+        data["files"][name] = {"complete": complete, "ops": dict(sorted(ops.items()))}
+    record.write(path, data, where)
 
 
 @pytest.fixture(autouse=True)
