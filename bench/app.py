@@ -42,8 +42,6 @@ def emulate(
     update: Annotated[bool, typer.Option(help="Make it what the tests compare with.")] = False,
 ):
     """The memory traffic of CUDA kernels, counted by the emulator: needs no GPU."""
-    from rich.console import Console
-
     from . import emulate as e
 
     if op != "all" and op not in e.CASES:
@@ -51,7 +49,7 @@ def emulate(
     if update and op != "all":
         raise ValueError("--update: expected all ops")
     counted = {name: e.measure(name) for name in (e.CASES if op == "all" else [op])}
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     for name, cases in counted.items():
         console.print(e.table(name, cases))
     if update:
@@ -62,12 +60,11 @@ def emulate(
 def list_():
     """The kernels, shapes and baselines that there are, and which are absent and why."""
     import torch
-    from rich.console import Console
     from rich.table import Table
 
     from . import baselines, kernels, shapes
 
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     console.print("[bold]ops[/bold]", ", ".join(kernels.OPS))
     t = Table(title="shapes", title_justify="left", box=None)
     for name in ("name", "hidden", "intermediate", "heads", "KV heads", "head dim", "vocabulary"):
@@ -136,7 +133,7 @@ def kernels_(
     if markdown:
         print(kernels.markdown(data), end="")
     else:
-        console = Console(width=None if sys.stdout.isatty() else 160)
+        console = _console(160)
         if data["rows"]:
             console.print(kernels.table(data))
         for line in kernels.remarks(data):
@@ -161,8 +158,6 @@ def machine_code(
     ),
 ):
     """Registers, spills and instructions of the GPU kernels: needs their compilers, and no GPU."""
-    from rich.console import Console
-
     from . import machine_code as m
 
     reasons = [f"{source}: {why}" for source in m.SOURCES if (why := m.missing(source))]
@@ -175,7 +170,7 @@ def machine_code(
     if update and group:
         raise ValueError("--update: expected all groups")
     data = m.measure(folder, group or known)
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = _console(200)
     for t in m.table(data):
         console.print(t)
     if update:
@@ -210,8 +205,6 @@ def gpu_decode(
     out: Out = None,
 ):  # fmt: skip
     """A large model with random weights on a GPU: decoding, a long prompt, jitter; predictions."""
-    from rich.console import Console
-
     from . import gpu_decode as g
     from . import record
 
@@ -220,7 +213,7 @@ def gpu_decode(
         data = g.measure(
             shape, device, backend, dtype, minutes, peers, scale, progress=status.update
         )
-    Console(width=None if sys.stdout.isatty() else 200).print(g.table(data))
+    _console(200).print(g.table(data))
     if out:
         record.write(out, data, where)
 
@@ -352,11 +345,62 @@ def plot(
         print(r.write_headline(results, record.CHECKOUT / "README.md"))
 
 
+@app.command(name="compare")
+def compare_(
+    a: Annotated[Path, typer.Argument(help="A result of `kernels` or `end_to_end`.")],
+    b: Annotated[Path, typer.Argument(help="Another of the same.")],
+    absolute: Annotated[bool, typer.Option(help="Compare times, of one device.")] = False,
+    markdown: Annotated[bool, typer.Option(help="Print the table as Markdown.")] = False,
+):
+    """Two results, case by case, by their ratios to baselines of the same run."""
+    from . import compare as c
+
+    one, other = c.read(a), c.read(b)
+    rows = c.changes(one, other, absolute)
+    if markdown:
+        print(c.markdown(one, other, rows, absolute), end="")
+        return
+    console = _console(160)
+    if rows:
+        console.print(c.table(one, other, rows, absolute))
+    for line in c.remarks(one, other, rows):
+        console.print(line, highlight=False)
+
+
+@app.command(name="regress")
+def regress_(
+    new: Annotated[list[Path] | None, typer.Argument(help="Results of `kernels`.")] = None,
+    results: Annotated[
+        Path | None, typer.Option(help="The folder with the committed ones; default: as of all.")
+    ] = None,
+    instructions: Annotated[
+        bool, typer.Option(help="Count those of the hot CPU kernels under valgrind.")
+    ] = False,
+    update: Annotated[bool, typer.Option(help="Make these counts the committed ones.")] = False,
+):
+    """Exit code 1 if kernels became slower than the committed results, or longer."""
+    from . import regress as r
+
+    if update and not instructions:
+        raise ValueError("--update: expected --instructions with it")
+    if not new and not instructions:
+        raise ValueError("expected results of `pyllm bench kernels`, or --instructions")
+    console = _console(160)
+    fine = [r.report(path, results, console) for path in new or ()]
+    if instructions:
+        from . import instructions as i
+
+        if update:
+            i.update(console)
+        else:
+            fine.append(i.report(console))
+    if not all(fine):
+        raise typer.Exit(1)
+
+
 def _run(measure, table, out, model, threads, **options):
     """Measures, prints, and writes JSON if asked to."""
     import inspect
-
-    from rich.console import Console
 
     from . import models, record
 
@@ -367,7 +411,7 @@ def _run(measure, table, out, model, threads, **options):
             options["progress"] = status.update
         data = measure(models.path_of(model), threads=threads, **options)
     tables = table(data)
-    console = Console(width=None if sys.stdout.isatty() else 120)
+    console = _console()
     for t in tables if isinstance(tables, tuple) else [tables]:
         console.print(t)
     if where["contended"]:
@@ -380,6 +424,12 @@ def _threads(threads):
     from pyllm import _C
 
     return threads or _C.num_threads()
+
+
+def _console(width=120):
+    from rich.console import Console
+
+    return Console(width=None if sys.stdout.isatty() else width)
 
 
 def _status():
