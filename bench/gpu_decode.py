@@ -317,23 +317,38 @@ def _free(where):
         torch.cuda.empty_cache()
 
 
-def table(data):
-    """A line a test, what was predicted beside it."""
-    from rich.table import Table
+HEAD = (
+    "test", "ms a step", "predicted", "tokens/s", "of bandwidth", "predicted", "p99 / p50",
+    "prompt tokens/s", "predicted", "of peak", "bar",
+)  # fmt: skip
 
-    t = Table(title=f"{data['shape']}, random weights, {data['device']}", title_justify="left")
-    for name in ("test", "ms a step", "predicted", "tokens/s", "of bandwidth", "predicted",
-                 "p99 / p50", "prompt tokens/s", "predicted", "of peak", "bar"):  # fmt: skip
-        t.add_column(name, justify="left" if name in ("test", "bar") else "right")
-    for r in data["tests"]:
-        t.add_row(
+
+def cells(data) -> list[list[str]]:
+    """A line a test, what was predicted beside it; then the peers."""
+    rows = [
+        [
             r["name"], f"{r['step_ms']:.2f}", f"{r['predicted_step_ms']:.2f}",
             f"{r['tokens_per_s']:.0f}", f"{r['bandwidth_share']:.0%}",
             f"{r['predicted_bandwidth_share']:.0%}", f"{r['p99_over_p50']:.2f}",
             f"{r['prompt_tokens_per_s']:.0f}", f"{r['predicted_prompt_tokens_per_s']:.0f}",
             f"{r['peak_share']:.0%}", r["bar"],
-        )  # fmt: skip
+        ]
+        for r in data["tests"]
+    ]  # fmt: skip
     for name, speed in data.get("hugging_face", {}).items():
         speed = f"{speed:.0f}" if isinstance(speed, float) else speed
-        t.add_row(f"Hugging Face, {name}", *[""] * 2, speed, *[""] * 6, "ours 1.5 x, eager 4 x")
+        bar = "ours 1.5 x, eager 4 x"
+        rows.append([f"Hugging Face, {name}", "", "", speed, *[""] * 6, bar])
+    return rows
+
+
+def table(data):
+    """As a rich table."""
+    from rich.table import Table
+
+    t = Table(title=f"{data['shape']}, random weights, {data['device']}", title_justify="left")
+    for name in HEAD:
+        t.add_column(name, justify="left" if name in ("test", "bar") else "right")
+    for row in cells(data):
+        t.add_row(*row)
     return t

@@ -278,7 +278,7 @@ def remarks(data) -> list[str]:
     lines += [
         f"FAILED: {f['op']} {f['shape']} on {f.get('backend') or f['asked']}: "
         f"{f['error'].strip().partition(chr(10))[0]}"
-        for f in data["failed"]
+        for f in data.get("failed", ())
     ]
     if not data["rows"]:
         lines.append(f"verified: {len(data['verified'])} cases")

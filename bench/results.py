@@ -4,7 +4,8 @@ import json
 import os
 from pathlib import Path
 
-from . import models, plot, prompt_lookup, suite
+from . import gpu_decode, models, plot, prompt_lookup, status, suite
+from .status import table
 
 OURS = "pyllm"
 
@@ -18,30 +19,37 @@ def write(root) -> Path:
         "Engines take turns in every round, each in a process of its own; figures are medians,"
         " ratios the medians of the rounds' ratios.", "",
     ]  # fmt: skip
-    devices = sorted(p for p in root.iterdir() if p.is_dir() and any(p.glob("*.json")))
-    for folder in devices:
-        lines += _device(folder)
-    lines += _kernels(root, devices)
+    folders = sorted(p for p in root.iterdir() if p.is_dir() and any(p.glob("*.json")))
+    devices = {
+        folder: {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+        for folder in folders
+    }
+    for folder, files in devices.items():
+        lines += _device(folder, files)
+    lines += status.matrix({folder.name: files for folder, files in devices.items()})
     page = root / "README.md"
     page.write_text("\n".join(lines).rstrip() + "\n")
     return page
 
 
-def _device(folder):
-    files = {p.stem: json.loads(p.read_text()) for p in sorted(folder.glob("*.json"))}
+def _device(folder, files):
     where = next(iter(files.values()))["environment"]
+    gpu = next((g for data in files.values() if (g := data["environment"].get("gpu"))), None)
     versions = ", ".join(f"{name} {v}" for name, v in where["versions"].items())
+    device = f"{where['machine']['processor']}, {where['threads']} threads"
+    if gpu:
+        device = f"{gpu['name']}, {gpu['multiprocessors']} multiprocessors, CUDA {gpu['cuda']}"
     lines = [
         f"## {folder.name}", "",
-        f"{where['machine']['processor']}, {where['threads']} threads, {where['date'][:10]}, "
-        f"commit {where['commit']}; {versions}.", "",
+        f"{device}, {where['date'][:10]}, commit {where['commit']}; {versions}.", "",
     ]  # fmt: skip
     contended = [name for name, data in files.items() if data["environment"]["contended"]]
     if contended:
         lines += [f"**Other processes were busy before: {', '.join(contended)}.**", ""]
-    missing = [f for f, *_ in suite.files(models.NAMES) if not (folder / f).exists()]
+    whole = (f.removesuffix(".json") for f, *_ in suite.files(models.NAMES))
+    missing = [name for name in whole if name not in files and not gpu]
     if missing:
-        names = ", ".join(name.removesuffix(".json") for name in missing)
+        names = ", ".join(missing)
         lines += [f"Not measured on this machine yet: {names}.", ""]
     for name, data in files.items():
         kind = name.split("-", 1)[0]
@@ -49,9 +57,8 @@ def _device(folder):
             lines += PARTS[kind](data)
         for drawn in plot.pictures(folder / f"{name}.json"):
             lines += [plot.picture(f"{folder.name}/{drawn}", drawn), ""]
-    return [
-        *lines, "Reproduce:", "", "```sh", f"pyllm bench all --out {folder.name}", "```", "",
-    ]  # fmt: skip
+    command = "bench/on_gpu.sh" if gpu else "pyllm bench all"
+    return [*lines, "Reproduce:", "", "```sh", f"{command} --out {folder.name}", "```", ""]
 
 
 def _limits(data):
@@ -73,7 +80,7 @@ def _end_to_end(data):
     absent = "".join(f"\nNot measured: {n} ({why})." for n, why in data["absent"].items())
     return [
         f"### {data['model']}, {data['rounds']} rounds", "",
-        *_table("test|engine|tokens/s|range|pyllm is|of the measured limit", rows),
+        *table("test|engine|tokens/s|range|pyllm is|of the measured limit", rows),
         *([absent.strip(), ""] if absent else []),
     ]  # fmt: skip
 
@@ -89,7 +96,7 @@ def _interference(data):
     ]  # fmt: skip
     head = "engine|machine|tokens/s|of quiet|token: median ms|p99|max|max / median"
     title = f"### {data['model']}, decoding while another process keeps a core busy"
-    return [title, "", *_table(head, rows)]
+    return [title, "", *table(head, rows)]
 
 
 def _startup(data):
@@ -105,8 +112,8 @@ def _startup(data):
     ]  # fmt: skip
     return [
         f"### {data['model']}, start and memory", "",
-        *_table("from process start to first token|seconds|over import torch", rows),
-        *_table("peak memory, MB, context filled|peak|file|imported library|above both", memory),
+        *table("from process start to first token|seconds|over import torch", rows),
+        *table("peak memory, MB, context filled|peak|file|imported library|above both", memory),
     ]  # fmt: skip
 
 
@@ -121,7 +128,12 @@ def _profile(data):
         f"### {data['model']}, one decoding step of {data['batch']} after {data['depth']} tokens: "
         f"{data['microseconds']:.0f} µs"
     )
-    return [title, "", *_table("op|launches|µs|share|GB/s of weights", rows)]
+    return [title, "", *table("op|launches|µs|share|GB/s of weights", rows)]
+
+
+def _gpu_decode(data):
+    title = f"### {data['shape']} with random weights"
+    return [title, "", *table("|".join(gpu_decode.HEAD), gpu_decode.cells(data))]
 
 
 def _perplexity(data):
@@ -131,7 +143,7 @@ def _perplexity(data):
     ]
     return [
         f"### {data['model']}, an output head of fewer bits", "",
-        *_table(f"head|MB|perplexity|{data['test']}, tokens/s", rows),
+        *table(f"head|MB|perplexity|{data['test']}, tokens/s", rows),
         f"Perplexity {data['cost']:+.2%} (standard error {data['cost_error']:.2%}, {data['tokens']}"
         f" tokens of {data['text']}), decoding {data['gain']:+.1%}.", "",
     ]  # fmt: skip
@@ -139,13 +151,14 @@ def _perplexity(data):
 
 def _prompt_lookup(data):
     title = f"### {data['model']}, guesses from the prompt (at most {data['guesses']})"
-    return [title, "", *_table("|".join(prompt_lookup.HEAD), prompt_lookup.cells(data))]
+    return [title, "", *table("|".join(prompt_lookup.HEAD), prompt_lookup.cells(data))]
 
 
 PARTS = {
     "limits": _limits, "perplexity": _perplexity, "prompt_lookup": _prompt_lookup,
     "context": _end_to_end, "end_to_end": _end_to_end, "interference": _interference,
-    "startup": _startup, "profile": _profile,
+    "startup": _startup, "profile": _profile, "kernels": status.headline,
+    "gpu_decode": _gpu_decode,
 }  # fmt: skip
 
 
@@ -184,7 +197,7 @@ def write_headline(root, page, model="smollm2-135m") -> Path:
             f"{data['model']} on {where['machine']['processor']}, {data['threads']} threads, tokens"
             f" per second: medians of up to {data['rounds']} interleaved rounds,"
             f" {where['date'][:10]}, commit {where['commit']}.", "",
-            *_table("|".join(["test", *engines]), rows),
+            *table("|".join(["test", *engines]), rows),
         ]  # fmt: skip
         for drawn in plot.pictures(path):
             link = os.path.relpath(path.with_name(drawn), page.parent)
@@ -198,56 +211,3 @@ def _rewrite(page, lines):
     text = "\n".join(lines).strip() or "None has been recorded yet."
     page.write_text(f"{before}{BEGIN}\n{text}\n\n{END}{rest.split(END)[1]}")
     return page
-
-
-# Written by `pytest -m gpu --record-gpu FILE`: by GPU its commit, date, and by op (for Triton
-# with "triton" before it) how many tests passed and failed.
-GPU_TESTS = "gpu_tests.json"
-
-
-def _on_gpus(op, gpus, otherwise):
-    runs = [
-        f"{passed} tests passed, {failed} failed on {gpu} at {run['commit']}, {run['date'][:10]}"
-        for gpu, run in gpus.items()
-        for passed, failed in [run["ops"].get(op, (0, 0))]
-        if passed + failed
-    ]
-    return "; ".join(runs) or f"never run, {otherwise} only"
-
-
-def _kernels(root, devices):
-    """What of each op has been run where: timed if a profile has it; on a GPU, by its tests."""
-    import pyllm.ops  # noqa: F401  fills OPS
-    from pyllm.ops.registry import OPS
-
-    timed = {}
-    for folder in devices:
-        profiles = [json.loads(p.read_text()) for p in folder.glob("profile-*.json")]
-        timed[folder.name] = {op["op"].split(" ")[0] for data in profiles for op in data["ops"]}
-    gpus = json.loads(path.read_text()) if (path := root / GPU_TESTS).exists() else {}
-    rows = [
-        (
-            name,
-            *("timed" if name in timed[d] else "not timed" for d in timed),
-            _on_gpus(name, gpus, "emulator") if "cuda" in op.backends else "no kernel",
-            _on_gpus(f"triton {name}", gpus, "interpreter")
-            if "triton" in op.backends
-            else "no kernel",
-        )
-        for name, op in OPS.items()
-        if "cpu" in op.backends or "cuda" in op.backends
-    ]
-    return [
-        "## Kernels and devices", "",
-        "*Timed*: measured by a profile above. Every CPU kernel is verified by the tests on each"
-        " instruction set of the machine that runs them; results here do not show it. *Never run,"
-        " emulator only*: the tests execute the CUDA kernel on the emulator, and no GPU has run it"
-        " yet.", "",
-        *_table("|".join(["op", *timed, "CUDA on a GPU", "Triton on a GPU"]), rows),
-    ]  # fmt: skip
-
-
-def _table(head, rows):
-    names = head.split("|")
-    lines = [names, ["---"] * len(names), *rows]
-    return [*("| " + " | ".join(map(str, line)) + " |" for line in lines), ""]

@@ -206,7 +206,33 @@ def test_plots_and_the_page_of_results(tmp_path):
     assert "| tg32@16 | llama.cpp | 1.5 | 1.0 to 2.0 | 1.00 x | 25% of bandwidth |" in page
     assert "Not measured: another (not installed)." in page
     assert "Other processes were busy" in page
-    assert "| quant_matmul | timed | never run, emulator only |" in page
+    assert "| rms_norm | cpu | 2 | 50% | 1.50 |" in page
+    assert "| quant_matmul | timed at abc | never run, emulator only |" in page
+
+
+def test_the_page_says_what_ran_on_which_gpu():
+    """Verified by tests and benchmarks, timed, failed; never run. An emulator's run is none."""
+    from pyllm.bench import status
+
+    gpu = {"commit": "abc", "gpu": {"name": "X"}}
+    case = {"op": "rms_norm", "shape": "tiny", "backend": "cuda", "asked": "cuda"}
+    kernels = {
+        "rows": [case], "verified": [case, case], "emulated": False, "environment": gpu,
+        "failed": [case | {"op": "quant_matmul", "backend": None, "error": "wrong"}],
+    }  # fmt: skip
+    ops = {"rms_norm": [10, 0], "triton rms_norm": [4, 1]}
+    tests = {"files": {"test_norm.py": {"complete": True, "ops": ops}}, "environment": gpu}
+    emulated = kernels | {"emulated": True, "environment": gpu | {"gpu": None}}
+    files = {"card": {"kernels-float16": kernels, "gpu_tests": tests}}
+    page = "\n".join(status.matrix(files | {"none": {"kernels": emulated}}))
+    assert "| op | cpu on none | cuda on a GPU | triton on a GPU |" in page
+    assert (
+        "| rms_norm | not timed | card: verified (12) at abc; timed at abc |"
+        " card: **1 of 5 failed** at abc |"
+    ) in page
+    assert "| quant_matmul | not timed | card: **1 of 1 failed** at abc |" in page
+    assert "| layer_norm | not timed | never run, emulator only | never run, interp" in page
+    assert status.headline(emulated) == []
 
 
 def test_the_page_beside_the_kernels_is_rewritten_between_its_marks(tmp_path):
