@@ -17,6 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pyllm import ops
+from pyllm.quant import QuantTensor
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -47,10 +48,90 @@ def _norm_cases(op):
     }
 
 
+def _activation(name, rows=32, width=14336, dtype=torch.bfloat16, gated=True, **options):
+    inputs = [torch.empty(rows, width, dtype=dtype) for _ in range(1 + gated)]
+    getattr(ops, name)(*inputs, backend="triton", **options)
+
+
+def _rope_cache(dtype=torch.bfloat16, cache=torch.float16, heads=(32, 8), rotary=128, **options):
+    q, kv = (torch.empty(16, h, 128, dtype=dtype) for h in heads)
+    caches = (torch.empty(9, 16, heads[1], 128, dtype=cache) for _ in range(2))
+    ints = torch.empty(64, dtype=torch.int32)
+    ops.rope_cache(
+        q, kv, kv, torch.empty(64, rotary), ints[:16], *caches, cu_seqlens_q=ints[:17],
+        page_table=ints.view(16, 4), backend="triton", **options,
+    )  # fmt: skip
+
+
+SAMPLING = ("temperature", "top_p", "min_p", "repetition_penalty", "presence_penalty")
+
+
+def _ints(*shape):
+    return torch.empty(*shape, dtype=torch.int32)
+
+
+def _embedding(weight):
+    ops.embedding(_ints(16), weight, backend="triton")
+
+
+def _sample(**options):
+    ops.sample(torch.empty(4, 128256), backend="triton", **options)
+
+
+def _norm_backward(op, width, rows=64, dtype=torch.bfloat16, residual=False):
+    x = torch.empty(rows, width, dtype=dtype)
+    grad = torch.empty_like(x) if residual else None
+    weight = torch.empty(width, dtype=dtype)
+    getattr(ops, op)(x, x, weight, residual_grad=grad, backend="triton")
+
+
+def _norm_backward_cases(op):
+    return {
+        "bf16 128": lambda: _norm_backward(op, 128),
+        "bf16 4096 residual": lambda: _norm_backward(op, 4096, residual=True),
+        "fp32 8192": lambda: _norm_backward(op, 8192, dtype=torch.float32),
+        "bf16 16384": lambda: _norm_backward(op, 16384),
+    }
+
+
 # Op: case: what launches it.
 CASES = {
+    "activation": {
+        "bf16 silu_mul": lambda: _activation("silu_mul"),
+        "fp16 gelu_mul": lambda: _activation("gelu_mul", dtype=torch.float16),
+        "fp32 gelu tanh": lambda: _activation(
+            "gelu", dtype=torch.float32, gated=False, approximate="tanh"
+        ),
+        "bf16 relu 100": lambda: _activation("relu", width=100, gated=False),
+    },
+    "embedding": {
+        "bf16": lambda: _embedding(torch.empty(99, 4096, dtype=torch.bfloat16)),
+        "4 bits": lambda: _embedding(QuantTensor.from_float(torch.ones(16, 4096), bits=4)),
+        "8 bits": lambda: _embedding(QuantTensor.from_float(torch.ones(16, 4096), bits=8)),
+    },
     "layer_norm": _norm_cases("layer_norm"),
+    "layer_norm_backward": _norm_backward_cases("layer_norm_backward"),
     "rms_norm": _norm_cases("rms_norm"),
+    "rms_norm_backward": _norm_backward_cases("rms_norm_backward"),
+    "sample": {
+        "greedy": lambda: _sample(),
+        "greedy, no logprobs": lambda: _sample(logprobs=False),
+        "all": lambda: _sample(
+            **{name: torch.empty(4) for name in SAMPLING},
+            top_k=_ints(4),
+            seed=torch.empty(4, dtype=torch.int64),
+            position=_ints(4),
+            history=_ints(4, 512),
+            prompt_lens=_ints(4),
+            history_lens=_ints(4),
+        ),
+    },
+    "rope_cache": {
+        "bf16": lambda: _rope_cache(cache=torch.bfloat16),
+        "fp32 interleaved, partial": lambda: _rope_cache(
+            torch.float32, rotary=64, interleaved=True
+        ),
+    },
 }
 
 
@@ -94,10 +175,10 @@ def _resources(compiled, target):
         def number(name):
             return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
 
-        spilled = 4 * (number("vgpr_spill_count") + number("sgpr_spill_count"))
+        # Scalar registers spill into lanes of vector registers, not into memory.
         return {
             "registers": number("vgpr_count"),
-            "spills": spilled,
+            "spills": 4 * number("vgpr_spill_count"),
             "shared": compiled.metadata.shared,
         }
     tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"

@@ -84,6 +84,11 @@ def launch(kernel, grid: tuple, *arguments, **options):
             kernel[grid](*arguments, **options)
 
 
+def row_strides(x):
+    """Of tokens and heads of ``[T, H, D]`` or ``[T, D]``; without a tensor nothing reads them."""
+    return (0, 0) if x is None else (x.stride(0), x.stride(1) if x.ndim == 3 else 0)
+
+
 def configuration(op: str, case: str, device: torch.device, default: dict, candidates=(), run=None):
     """The configuration for `case`, a description of dtypes and shapes.
 

@@ -5,3 +5,4 @@ from functools import partial
 from pyllm.kernels import norm
 
 layer_norm = partial(norm.forward, True)
+layer_norm_backward = partial(norm.backward, True)

@@ -41,3 +41,21 @@ def to_e4m3(x):
 def row_offset(row, heads, stride, head_stride):
     """Where row `row` of ``[T, heads, D]`` begins, in elements."""
     return (row // heads).to(tl.int64) * stride + (row % heads).to(tl.int64) * head_stride
+
+
+@triton.jit
+def exp(x):
+    """e^x to about 1 ulp, with the very operations of the CPU kernels; launch it without fusion."""
+    clamped = tl.maximum(tl.minimum(x, 88.72), -87.0)
+    n = round_even(clamped * 1.44269504088896341)
+    r = tl.fma(n, -0.693359375, clamped)
+    r = tl.fma(n, 2.12194440e-4, r)
+    p = tl.fma(tl.full(x.shape, 1.9875691500e-4, tl.float32), r, 1.3981999507e-3)
+    p = tl.fma(p, r, 8.3334519073e-3)
+    p = tl.fma(p, r, 4.1665795894e-2)
+    p = tl.fma(p, r, 1.6666665459e-1)
+    p = tl.fma(p, r, 5.0000001201e-1)
+    p = tl.fma(p * r, r, r) + 1.0
+    power = ((n + 126.0).to(tl.int32) << 23).to(tl.float32, bitcast=True)
+    y = tl.where(x < -87.0, 0.0, p * power * 2.0)
+    return tl.where(x > 88.72, float("inf"), y)

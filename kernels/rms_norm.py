@@ -5,3 +5,4 @@ from functools import partial
 from pyllm.kernels import norm
 
 rms_norm = partial(norm.forward, False)
+rms_norm_backward = partial(norm.backward, False)

@@ -5,7 +5,9 @@ from cases import DTYPES, ROWS, dtype_name, rand, strided
 from compare import EPS, assert_close, poisoned
 
 from pyllm.ops import gelu, gelu_mul, quantize_activation, relu, silu_mul
+from pyllm.ops.registry import use
 
+BACKENDS = ["cpu", "triton"]
 UNARY = {
     "relu": (relu, F.relu),
     "gelu": (gelu, F.gelu),
@@ -18,17 +20,13 @@ GATED = {
 }
 
 
-@pytest.mark.parametrize("shape", [*ROWS, (1, 5000), (2, 3, 9000)], ids=str)
-@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
-@pytest.mark.parametrize("layout", ["contiguous", "strided"])
-@pytest.mark.parametrize("name", [*UNARY, *GATED])
-def test_matches_reference(shape, dtype, layout, name):
+def assert_matches_reference(backend, shape, dtype, layout, name):
     op, torch_function = (UNARY | GATED)[name]
     inputs = [rand(*shape, dtype=dtype, scale=3, seed=i) for i in range(1 + (name in GATED))]
     if layout == "strided":
         inputs = [strided(x) for x in inputs]
     out = poisoned(shape, dtype)
-    assert op(*inputs, out=out, backend="cpu") is out
+    assert op(*inputs, out=out, backend=backend) is out
     exact = op(*(x.double() for x in inputs), backend="reference")
     same_dtype = torch_function(inputs[0])
     if name in GATED:
@@ -36,8 +34,26 @@ def test_matches_reference(shape, dtype, layout, name):
     assert_close(out, exact, same_dtype)
 
 
+@pytest.mark.parametrize("shape", [*ROWS, (1, 5000), (2, 3, 9000)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("layout", ["contiguous", "strided"])
+@pytest.mark.parametrize("name", [*UNARY, *GATED])
+def test_matches_reference(shape, dtype, layout, name):
+    assert_matches_reference("cpu", shape, dtype, layout, name)
+
+
+# Few, as the interpreter is slow.
+@pytest.mark.parametrize("shape", [(1, 1), (0, 64), (33, 17), (2, 3, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("name", [*UNARY, *GATED])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_device_matches_reference(shape, dtype, name, backend):
+    assert_matches_reference(backend, shape, dtype, "strided", name)
+
+
 @pytest.mark.parametrize("name", UNARY)
-def test_relative_accuracy_over_the_whole_range(name):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_relative_accuracy_over_the_whole_range(name, backend):
     """A few units in the last place of every value that is a normal number."""
     op, _ = UNARY[name]
     x = torch.linspace(-12, 40, 100001)
@@ -47,7 +63,7 @@ def test_relative_accuracy_over_the_whole_range(name):
     if name == "gelu_tanh":
         cubic = x.double() + 0.044715 * x.double() ** 3
         exact = x.double() * torch.sigmoid(2 * (2 / torch.pi) ** 0.5 * cubic)
-    error = (op(x, backend="cpu").double() - exact).abs()
+    error = (op(x, backend=backend).double() - exact).abs()
     # The argument of the exponential rounds too, and its error comes out multiplied by it.
     amplified = 1 + (x.double().abs() ** 3 * 0.08 if name == "gelu_tanh" else x.double() ** 2 / 16)
     normal = exact.abs() > 1e-36
@@ -55,37 +71,43 @@ def test_relative_accuracy_over_the_whole_range(name):
     assert worst < 4 * EPS[torch.float32]
 
 
-def test_silu_relative_accuracy():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_silu_relative_accuracy(backend):
     x = torch.linspace(-80, 80, 100001)
     exact = F.silu(x.double())
-    error = (silu_mul(x, torch.ones_like(x), backend="cpu").double() - exact).abs()
+    error = (silu_mul(x, torch.ones_like(x), backend=backend).double() - exact).abs()
     assert (error / exact.abs().clamp(min=1e-36)).max() < 4 * EPS[torch.float32]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("name", [*UNARY, *GATED])
-def test_non_finite_and_extreme_values(name, dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_non_finite_and_extreme_values(name, dtype, backend):
     op, torch_function = (UNARY | GATED)[name]
     huge = torch.finfo(dtype).max
     inf, nan = float("inf"), float("nan")
     x = torch.tensor([nan, inf, -inf, huge, -huge, 0.0, -0.0, 1e-7, -50.0], dtype=dtype)
     up = [torch.ones_like(x)] if name in GATED else []
-    y = op(x, *up, backend="cpu")
+    y = op(x, *up, backend=backend)
     expected = torch_function(x.double())
     torch.testing.assert_close(y.double(), expected, rtol=0, atol=1e-6, equal_nan=True)
 
 
-def test_halves_of_a_fused_projection():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_halves_of_a_fused_projection(backend):
     gate, up = rand(6, 2 * 40).chunk(2, -1)
-    assert torch.equal(silu_mul(gate, up), silu_mul(gate.contiguous(), up.contiguous()))
+    whole = silu_mul(gate.contiguous(), up.contiguous(), backend=backend)
+    assert torch.equal(silu_mul(gate, up, backend=backend), whole)
 
 
 @pytest.mark.parametrize("width", [17, 96, 9000])
-def test_a_row_does_not_depend_on_the_others(width):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_row_does_not_depend_on_the_others(width, backend):
     gate, up = rand(20, width), rand(20, width, seed=1)
-    whole = silu_mul(gate, up)
+    whole = silu_mul(gate, up, backend=backend)
     for i in range(20):
-        assert torch.equal(silu_mul(gate[i : i + 1], up[i : i + 1])[0], whole[i])
+        alone = silu_mul(gate[i : i + 1], up[i : i + 1], backend=backend)
+        assert torch.equal(alone[0], whole[i])
 
 
 @pytest.mark.parametrize(
@@ -99,8 +121,9 @@ def test_a_row_does_not_depend_on_the_others(width):
         (lambda x: gelu(x, "exact"), "approximate: expected 'none' or 'tanh', got 'exact'"),
     ],
 )
-def test_bad_arguments(call, message):
-    with pytest.raises(ValueError, match=message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments(call, message, backend):
+    with pytest.raises(ValueError, match=message), use(backend):
         call(torch.ones(2, 8))
 
 

@@ -18,6 +18,10 @@ SHAPES += [(1, 65536), (1, 100008)]
 # Of the gradients: many rows a block, one, and rows too wide for the sums to be held beside them.
 BACKWARD_SHAPES = [(700, 64), (7, 1), (37, 100), (9, 1000), (300, 2055), (3, 8192), (70, 8200)]
 BACKWARD_SHAPES += [(2, 16391), (2, 65536)]
+BACKWARD_CASES = [(s, b) for b in ["reference", *CUDA] for s in BACKWARD_SHAPES]
+# Fewer rows in Triton's interpreter, which takes its time for each tile.
+BACKWARD_CASES += [(s, "triton") for s in [(40, 64), (7, 1), (9, 1000), (4, 8192), (9, 8200)]]
+BACKWARD_CASES += [((2, 20000), "triton")]
 
 
 def forward(op, x, weight, bias, **options):
@@ -71,10 +75,9 @@ def test_rows_of_any_width(op, shape, dtype, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("shape", BACKWARD_SHAPES, ids=str)
+@pytest.mark.parametrize(("shape", "backend"), BACKWARD_CASES, ids=str)
 @pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
 @pytest.mark.parametrize("with_residual", [False, True], ids=["plain", "residual"])
-@pytest.mark.parametrize("backend", ["reference", *CUDA])
 def test_gradients_are_those_of_autograd(op, shape, dtype, with_residual, backend):
     x, dy = rand(*shape, dtype=dtype), rand(*shape, dtype=dtype, seed=1)
     weight, bias = rand(shape[1], dtype=dtype, seed=2), rand(shape[1], dtype=dtype, seed=3)
@@ -98,7 +101,7 @@ def test_gradients_are_those_of_autograd(op, shape, dtype, with_residual, backen
         assert_close(a, e, s, what=name, floor=floor)
 
 
-@pytest.mark.parametrize("backend", ["reference", *CUDA])
+@pytest.mark.parametrize("backend", ["reference", *DEVICES])
 def test_layer_norm_without_weight_and_weights_of_other_dtypes(backend):
     x, dy = rand(20, 72), rand(20, 72, seed=1)
     ones = torch.ones(72)
@@ -117,8 +120,10 @@ def test_layer_norm_without_weight_and_weights_of_other_dtypes(backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("width", [72, 1000, 4096, 16392])
-@pytest.mark.parametrize("backend", CUDA)
+@pytest.mark.parametrize(
+    ("width", "backend"),
+    [*((w, b) for b in CUDA for w in (72, 1000, 4096, 16392)), (72, "triton"), (1000, "triton")],
+)
 def test_bits_depend_on_nothing_but_the_row(op, width, backend):
     """Not on other rows, nor on how the tensors lie in memory and so on the accesses used."""
     x, dy = rand(20, width, dtype=torch.float16), rand(20, width, dtype=torch.float16, seed=1)
@@ -200,7 +205,7 @@ def test_quantized_rows_that_are_zero_or_not_finite(op, to, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["reference", *CUDA])
+@pytest.mark.parametrize("backend", ["reference", *DEVICES])
 def test_no_rows(op, backend):
     x, weight = torch.empty(0, 64), torch.ones(64)
     assert forward(op, x, weight, weight, backend=backend).shape == (0, 64)

@@ -5,6 +5,8 @@ from compare import assert_close, poisoned
 
 from pyllm.ops import rope_cache
 
+BACKENDS = ["cpu", "triton"]
+
 
 def angles(positions, width):
     """The usual table, float32 [positions, width]."""
@@ -19,15 +21,9 @@ def fused(batch, heads, kv_heads, head_dim, dtype):
     return qkv.split((heads, kv_heads, kv_heads), dim=1)
 
 
-@pytest.mark.parametrize("sequences", RAGGED, ids=str)
-@pytest.mark.parametrize(
-    ("dtype", "cache_dtype"),
-    [(x, x) for x in DTYPES] + [(torch.float32, torch.float16), (torch.bfloat16, torch.float32)],
-    ids=dtype_name,
-)
-@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
-@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 32), (7, 6)])
-def test_matches_reference(sequences, dtype, cache_dtype, interleaved, head_dim, rotary):
+def assert_matches_reference(
+    backend, sequences, dtype, cache_dtype, interleaved, head_dim, rotary
+):  # fmt: skip
     batch = PagedBatch(sequences)
     q, k, v = fused(batch, 3, 2, head_dim, dtype)
     table = angles(600, rotary)
@@ -43,7 +39,7 @@ def test_matches_reference(sequences, dtype, cache_dtype, interleaved, head_dim,
 
     k_cache_of = torch.empty(0, dtype=cache_dtype)
     out = poisoned(q.shape, dtype)
-    rotated, k_cache, v_cache = run("cpu", lambda x: x, out)
+    rotated, k_cache, v_cache = run(backend, lambda x: x, out)
     exact = run("reference", lambda x: x.double())
     same = run("reference", lambda x: x)
     assert rotated is out
@@ -53,6 +49,36 @@ def test_matches_reference(sequences, dtype, cache_dtype, interleaved, head_dim,
     assert_close(v_cache, exact[2], same[2])
 
 
+CACHES = [(x, x) for x in DTYPES] + [
+    (torch.float32, torch.float16),
+    (torch.bfloat16, torch.float32),
+]
+
+
+@pytest.mark.parametrize("sequences", RAGGED, ids=str)
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=dtype_name)
+@pytest.mark.parametrize("interleaved", [False, True], ids=["half", "interleaved"])
+@pytest.mark.parametrize(("head_dim", "rotary"), [(64, 64), (80, 32), (7, 6)])
+def test_matches_reference(sequences, dtype, cache_dtype, interleaved, head_dim, rotary):
+    shape = (interleaved, head_dim, rotary)
+    assert_matches_reference("cpu", sequences, dtype, cache_dtype, *shape)
+
+
+# The interpreter takes a millisecond for a token and head: one of each.
+@pytest.mark.parametrize(("dtype", "cache_dtype"), CACHES, ids=dtype_name)
+@pytest.mark.parametrize(
+    ("sequences", "interleaved", "head_dim", "rotary"),
+    [([(3, 40), (0, 3), (1, 512)], False, 80, 32), ([(2, 0), (1, 16)], True, 64, 64)],
+    ids=["half", "interleaved"],
+)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_device_matches_reference(
+    sequences, dtype, cache_dtype, interleaved, head_dim, rotary, backend
+):
+    shape = (interleaved, head_dim, rotary)
+    assert_matches_reference(backend, sequences, dtype, cache_dtype, *shape)
+
+
 def one_sequence(tokens, heads, head_dim, **options):
     """Rotates a sequence that starts at position 3; returns q, k and their rotated versions."""
     batch = PagedBatch([(tokens, 3)])
@@ -60,16 +86,17 @@ def one_sequence(tokens, heads, head_dim, **options):
     k_cache, v_cache = batch.caches(heads, head_dim, torch.float32)
     rotated = rope_cache(
         q, k, v, options.pop("table"), batch.positions, k_cache, v_cache,
-        cu_seqlens_q=batch.cu_seqlens_q, page_table=batch.page_table, backend="cpu", **options,
+        cu_seqlens_q=batch.cu_seqlens_q, page_table=batch.page_table, **options,
     )  # fmt: skip
     pages = batch.page_table[0].long()[batch.positions.long() // 16]
     return q, k, rotated, k_cache[pages, batch.positions.long() % 16], batch.positions.long()
 
 
-def test_halves_as_in_transformers():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_halves_as_in_transformers(backend):
     llama = pytest.importorskip("transformers.models.llama.modeling_llama")
     table = angles(64, 48)
-    q, k, q_rotated, k_rotated, positions = one_sequence(20, 3, 48, table=table)
+    q, k, q_rotated, k_rotated, positions = one_sequence(20, 3, 48, table=table, backend=backend)
     cosine, sine = (x.repeat(1, 2)[None] for x in table[positions].chunk(2, -1))
     expected = llama.apply_rotary_pos_emb(
         q.transpose(0, 1)[None], k.transpose(0, 1)[None], cosine, sine
@@ -89,7 +116,8 @@ def test_interleaved_is_multiplication_by_complex_numbers():
         assert_close(rotated, exact, same)
 
 
-def test_in_place_and_alone_give_the_same_bits():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_in_place_and_alone_give_the_same_bits(backend):
     batch = PagedBatch([(5, 40), (1, 7), (33, 0)])
     q, k, v = fused(batch, 3, 1, 64, torch.float16)
     table = angles(64, 64)
@@ -98,7 +126,7 @@ def test_in_place_and_alone_give_the_same_bits():
         caches = batch.caches(1, 64, torch.float16, value=0)
         rotated = rope_cache(
             q[part], k[part], v[part], table, batch.positions[part], *caches,
-            cu_seqlens_q=cu, page_table=page_table, out=out,
+            cu_seqlens_q=cu, page_table=page_table, out=out, backend=backend,
         )  # fmt: skip
         return rotated, caches
 
@@ -119,7 +147,8 @@ def test_in_place_and_alone_give_the_same_bits():
 @pytest.mark.parametrize(
     ("dtype", "cache_dtype"), [(torch.float32, torch.float16), (torch.bfloat16,) * 2]
 )
-def test_keys_may_lie_side_by_side(dtype, cache_dtype):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_keys_may_lie_side_by_side(dtype, cache_dtype, backend):
     batch = PagedBatch([(5, 40), (1, 7), (33, 0)])
     q, k, v = fused(batch, 3, 2, 64, dtype)
     plain, moved = batch.caches(2, 64, cache_dtype, 0), list(batch.caches(2, 64, cache_dtype, 0))
@@ -127,7 +156,7 @@ def test_keys_may_lie_side_by_side(dtype, cache_dtype):
     assert moved[0].stride(1) == 1
     tables = {"cu_seqlens_q": batch.cu_seqlens_q, "page_table": batch.page_table}
     for caches in (plain, moved):
-        rope_cache(q, k, v, angles(64, 48), batch.positions, *caches, **tables)
+        rope_cache(q, k, v, angles(64, 48), batch.positions, *caches, **tables, backend=backend)
     assert plain[0].any()
     assert all(torch.equal(x, y) for x, y in zip(plain, moved, strict=True))
 

@@ -5,10 +5,12 @@ from compare import assert_close
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pyllm import _C
 from pyllm.ops import sample
 from pyllm.ops.sample import kept_weights, penalized, philox4x32
 
 V = 40
+BACKENDS = ["cpu", "triton"]
 
 
 def draws(logits, n, seed=0, **parameters):
@@ -50,20 +52,22 @@ def assert_drawn_from(tokens, probabilities):
 
 @pytest.mark.parametrize("n", [1, 2, 15, 63, 64, 65, 1000, 49152])
 @pytest.mark.parametrize("rows", [1, 3])
-def test_greedy_takes_the_lowest_of_the_highest(n, rows):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_greedy_takes_the_lowest_of_the_highest(n, rows, backend):
     logits = rand(rows, n)
-    token, logprob = sample(logits, backend="cpu")
+    token, logprob = sample(logits, backend=backend)
     assert token.dtype == torch.int32
     assert torch.equal(token.long(), logits.argmax(-1))
     expected = logits.double().log_softmax(-1).max(-1).values
     assert_close(logprob, expected, logits.log_softmax(-1).max(-1).values)
     for at in (n - 1, n // 2, 0):
         logits[:, at:] = 9.0
-        assert (sample(logits, backend="cpu")[0] == at).all()
+        assert (sample(logits, backend=backend)[0] == at).all()
 
 
 @pytest.mark.parametrize("temperature", [0.0, -1.0, float("nan"), 1.0, float("inf")])
-def test_rows_with_nan_and_infinities(temperature):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_rows_with_nan_and_infinities(temperature, backend):
     inf, nan = float("inf"), float("nan")
     logits = torch.full((6, 70), -inf)
     logits[1] = nan
@@ -71,7 +75,7 @@ def test_rows_with_nan_and_infinities(temperature):
     logits[3, 7], logits[3, 8] = inf, 5.0
     logits[4, 69] = torch.finfo(torch.float32).max
     logits[5, 1:] = nan
-    token, logprob = sample(logits, temperature=torch.full((6,), temperature), backend="cpu")
+    token, logprob = sample(logits, temperature=torch.full((6,), temperature), backend=backend)
     assert token.tolist() == [0, 0, 50, 7, 69, 0]
     assert logprob.tolist() == [-inf, -inf, 0, 0, 0, -inf]
     reference = sample(logits[2:3], temperature=torch.tensor([temperature]), backend="reference")
@@ -97,14 +101,15 @@ def test_philox_known_answers():
 @pytest.mark.parametrize(
     ("seed", "position"), [(0, 0), (1, 2), (2**63 - 1, 2**31 - 1), (-1, -1), (2**40 + 3, 77)]
 )
-def test_the_kernel_draws_what_philox_gives(seed, position):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_kernel_draws_what_philox_gives(seed, position, backend):
     """Of 2^16 equal logits, the token is the highest 16 bits of the number drawn."""
     token, _ = sample(
         torch.zeros(1, 65536),
         temperature=torch.ones(1),
         seed=torch.tensor([seed]),
         position=torch.tensor([position], dtype=torch.int32),
-        backend="cpu",
+        backend=backend,
     )
     key = (seed & 0xFFFFFFFF, seed >> 32 & 0xFFFFFFFF)
     assert token.item() == philox4x32((position & 0xFFFFFFFF, 0, 0, 0), key)[1] >> 16
@@ -214,6 +219,33 @@ def test_random_parameters_against_the_reference(seed, n, scale, coarse):
     torch.testing.assert_close(logprob[same], expected_logprob[same], rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("n", [1, 17, 1025, 5000])
+@pytest.mark.parametrize("coarse", [False, True], ids=["distinct", "equal"])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_a_device_draws_the_cpu_kernels_tokens(n, coarse, backend):
+    rows = 12
+    generator = torch.Generator("cpu").manual_seed(n)
+    logits = rand(rows, n, scale=5)
+    if coarse:  # many equal logits
+        logits = logits.round()
+    parameters = all_parameters(rows, n, generator)
+    # Some rows are cut by nothing, some by one thing.
+    parameters["top_k"][::3] = 0
+    parameters["top_p"][1::3] = 1
+    parameters["temperature"][3:] += 0.5
+    token, logprob = sample(
+        logits, **{k: v.to(logits.device) for k, v in parameters.items()}, backend=backend
+    )
+    expected, expected_logprob = sample(
+        logits.cpu(), **{k: v.cpu() for k, v in parameters.items()}, backend="cpu"
+    )
+    # Weights are rounded exponentials; without fused multiply-adds they may differ in the last bit.
+    allowed = 1 if _C.isa() == "baseline" else 0
+    assert (token.cpu() != expected).sum() <= allowed
+    same = token.cpu() == expected
+    torch.testing.assert_close(logprob.cpu()[same], expected_logprob[same], rtol=1e-5, atol=1e-5)
+
+
 def test_equal_logits_at_a_cut_keep_the_lowest_ids():
     logits = torch.full((V,), 1.0)
     logits[30] = 2.0
@@ -234,7 +266,8 @@ def test_large_vocabularies_keep_what_the_reference_keeps(n):
         assert_drawn_from(draws(logits, 2000, **parameters), weights / weights.sum())
 
 
-def test_penalties_by_hand():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_penalties_by_hand(backend):
     logits = torch.tensor([[2.0, -2.0, 3.0, 0.5, 1.0]])
     past = {
         "history": torch.tensor([[2, 1, 1, 2, 2, 4]], dtype=torch.int32),
@@ -244,7 +277,7 @@ def test_penalties_by_hand():
 
     def greedy(**penalties):
         tensors = {name: torch.tensor([value]) for name, value in penalties.items()}
-        return sample(logits, **tensors, **past, backend="cpu")[0].item()
+        return sample(logits, **tensors, **past, backend=backend)[0].item()
 
     assert greedy() == 2
     assert greedy(repetition_penalty=1.49) == 2  # 3 / 1.49 > 2
@@ -269,16 +302,17 @@ def test_a_row_does_not_depend_on_the_others():
         assert torch.equal(alone[1], logprob[i : i + 1])
 
 
-def test_outputs_strides_and_empty():
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_outputs_strides_and_empty(backend):
     wide = torch.full((4, 80), float("nan"))
     wide[:, :64] = rand(4, 64)
     out = torch.full((4,), -7, dtype=torch.int32), torch.full((4,), float("nan"))
-    assert sample(wide[:, :64], out=out) is out
+    assert sample(wide[:, :64], out=out, backend=backend) is out
     assert torch.equal(out[0].long(), wide[:, :64].argmax(-1))
     assert torch.isfinite(out[1]).all()
-    token, logprob = sample(torch.empty(0, 64))
+    token, logprob = sample(torch.empty(0, 64), backend=backend)
     assert token.shape == logprob.shape == (0,)
-    assert sample(wide[:, :64], logprobs=False)[1] is None
+    assert sample(wide[:, :64], logprobs=False, backend=backend)[1] is None
 
 
 @pytest.mark.parametrize(
@@ -295,6 +329,7 @@ def test_outputs_strides_and_empty():
         ({"out": (torch.zeros(2), None)}, "token: expected int32"),
     ],
 )
-def test_bad_arguments(arguments, message):
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bad_arguments(arguments, message, backend):
     with pytest.raises(ValueError, match=message):
-        sample(**{"logits": torch.zeros(2, 8), "backend": "cpu", **arguments})
+        sample(**{"logits": torch.zeros(2, 8), "backend": backend, **arguments})

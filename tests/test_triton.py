@@ -18,7 +18,9 @@ from pyllm.ops import device
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-TARGETS = ["cuda:80", "cuda:90", "cuda:100", "hip:gfx942"]
+# The others take as long again, and are compiled where time does not matter.
+TARGETS = ["cuda:90", "hip:gfx942"]
+TARGETS += [pytest.param(target, marks=pytest.mark.slow) for target in ("cuda:80", "cuda:100")]
 
 
 def python(*arguments, **variables):

@@ -71,20 +71,30 @@ def forward(backend, op, x, weight, bias, eps, residual, quantize, out):
 
 
 def backward(backend, op, dy, x, weight, eps, residual_grad, out, n_parameters):
-    """The CUDA kernels of `op`: ``(dx, dweight)``, and dbias if there are two parameters."""
-    library = device.library(backend)
+    """The kernels of `op` in CUDA or Triton: ``(dx, dweight)``, and dbias of two parameters."""
     device.check_same(op, x, dy=dy, weight=weight, residual_grad=residual_grad, out=out)
     dx = torch.empty_like(x) if out is None else out
     like, width = x if weight is None else weight, x.shape[-1]
     if x.numel() == 0:
         return dx, *(like.new_zeros(width) for _ in range(n_parameters))
     gradients = [like.new_empty(width) for _ in range(n_parameters)]
-    floats = library.norm_backward_scratch(x.numel() // width, width)
-    scratch = x.new_empty(floats, dtype=torch.float32)
-    getattr(library, op)(
-        at_most_3d(dy), at_most_3d(x), weight, eps, at_most_3d(residual_grad), at_most_3d(dx),
-        gradients[0], gradients[1] if n_parameters > 1 else None, scratch, device.stream(x),
-    )  # fmt: skip
+    dbias = gradients[1] if n_parameters > 1 else None
+    tensors = (at_most_3d(dy), at_most_3d(x), weight, eps, at_most_3d(residual_grad))
+    results = (at_most_3d(dx), gradients[0], dbias)
+    if backend == "triton":
+        rows = "T D" if tensors[0].ndim == 2 else "T H D"
+        _C.check(op, [
+            (tensors[1], "x", rows, FLOATS), (tensors[0], "dy", rows, x.dtype),
+            (weight, "weight", "D", FLOATS), (tensors[4], "residual_grad", rows, x.dtype),
+            (results[0], "out", rows, x.dtype),
+        ])  # fmt: skip
+        stem = op.removesuffix("_backward")
+        getattr(device.triton_kernels(stem), op)(*tensors, *results)
+    else:
+        library = device.library(backend)
+        floats = library.norm_backward_scratch(x.numel() // width, width)
+        scratch = x.new_empty(floats, dtype=torch.float32)
+        getattr(library, op)(*tensors, *results, scratch, device.stream(x))
     return dx, *gradients
 
 

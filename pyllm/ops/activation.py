@@ -8,7 +8,8 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import _C
-from pyllm.ops._norm import at_most_3d
+from pyllm.ops import device
+from pyllm.ops._norm import FLOATS, at_most_3d
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
 
@@ -124,4 +125,19 @@ def _cpu(kind, x, up, out, quantize=None):
         return y
     y = empty_like(x) if out is None else out
     _C.activation(kind, at_most_3d(x), at_most_3d(up), at_most_3d(y), None, 0)
+    return y
+
+
+@_OP.register("triton")
+def _triton(kind, x, up, out, quantize=None):
+    # Group sizes are for backends whose matmul takes int8 groups.
+    y = empty_like(x) if out is None else out
+    device.check_same("activation", x, up=up, out=out)
+    tensors = [at_most_3d(t) for t in (x, up, y)]
+    rows = "T D" if tensors[0].ndim == 2 else "T H D"
+    _C.check("activation", [
+        (tensors[0], "x" if up is None else "gate", rows, FLOATS),
+        (tensors[1], "up", rows, x.dtype), (tensors[2], "out", rows, x.dtype),
+    ])  # fmt: skip
+    device.triton_kernels("activation").activation(kind, *tensors)
     return y

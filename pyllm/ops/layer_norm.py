@@ -118,5 +118,4 @@ def _backward_device(backend, *arguments):
 
 for _backend in ("cuda", "emulator", "triton"):
     _OP.register(_backend)(functools.partial(_device, _backend))
-for _backend in ("cuda", "emulator"):
     _BACKWARD.register(_backend)(functools.partial(_backward_device, _backend))

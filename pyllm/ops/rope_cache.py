@@ -3,6 +3,8 @@
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
+from pyllm.ops._norm import FLOATS
 from pyllm.ops.alloc import empty_like
 from pyllm.ops.registry import Op
 
@@ -51,8 +53,9 @@ def rope_cache(
 
     Raises:
         ValueError: for shapes or dtypes that do not fit together, and for positions, lengths or
-            pages outside the tables. (The integers are not looked at while a plan is captured. In a
-            replay a token whose place in the cache does not exist is not written.)
+            pages outside the tables. (The integers are not looked at while a plan is captured, nor
+            on a GPU. There, and in a replay, a token whose place in the cache does not exist is not
+            written.)
         BackendError: if `backend` cannot serve.
     """
     return _OP.implementation(q, backend)(
@@ -91,6 +94,44 @@ def _reference(
 def _cpu(q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out):
     out = empty_like(q) if out is None else out
     _C.rope_cache(
+        q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out
+    )
+    return out
+
+
+@_OP.register("triton")
+def _triton(
+    q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out
+):
+    out = empty_like(q) if out is None else out
+    device.check_same(
+        "rope_cache", q, k=k, v=v, cos_sin=cos_sin, positions=positions, k_cache=k_cache,
+        v_cache=v_cache, cu_seqlens_q=cu_seqlens_q, page_table=page_table, out=out,
+    )  # fmt: skip
+    keys = k_cache.transpose(1, 3) if k_cache.ndim == 4 and k_cache.stride(1) == 1 else k_cache
+    side_by_side = keys is not k_cache
+    _C.check("rope_cache", [
+        (q, "q", "T H D", FLOATS), (k, "k", "T Hkv D", q.dtype), (v, "v", "T Hkv D", q.dtype),
+        (cos_sin, "cos_sin", "P R", torch.float32), (positions, "positions", "T", torch.int32),
+        (keys, "k_cache", "pages D Hkv page_size" if side_by_side else "pages page_size Hkv D",
+         FLOATS),
+        (v_cache, "v_cache", "pages page_size Hkv D", k_cache.dtype),
+        (page_table, "page_table", "B max_pages", torch.int32),
+        (cu_seqlens_q, "cu_seqlens_q", "_", torch.int32), (out, "out", "T H D", q.dtype),
+    ])  # fmt: skip
+    batch, rotary, width = page_table.shape[0], cos_sin.shape[1], q.shape[2]
+    if len(cu_seqlens_q) != batch + 1:
+        raise ValueError(
+            f"rope_cache: cu_seqlens_q: expected B + 1 = {batch + 1} entries, "
+            f"got {len(cu_seqlens_q)}"
+        )
+    if rotary % 2 or rotary > width:
+        raise ValueError(
+            f"rope_cache: cos_sin: expected an even width of at most D = {width}, got {rotary}"
+        )
+    if len(q) and (len(cos_sin) == 0 or v_cache.shape[1] == 0):
+        raise ValueError("rope_cache: expected at least one position and a place for it, got none")
+    device.triton_kernels("rope_cache").rope_cache(
         q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out
     )
     return out

@@ -29,6 +29,7 @@ import math
 import torch
 
 from pyllm import _C
+from pyllm.ops import device
 from pyllm.ops.alloc import empty
 from pyllm.ops.registry import Op
 
@@ -113,6 +114,42 @@ def sample(
 
 
 _OP.register("cpu")(_C.sample)
+
+
+@_OP.register("triton")
+def _triton(
+    logits, temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+    frequency_penalty, seed, position, history, prompt_lens, history_lens, token, logprob,
+):  # fmt: skip
+    floats = {
+        "temperature": temperature, "top_p": top_p, "min_p": min_p,
+        "repetition_penalty": repetition_penalty, "presence_penalty": presence_penalty,
+        "frequency_penalty": frequency_penalty,
+    }  # fmt: skip
+    ints = {
+        "top_k": top_k, "position": position, "prompt_lens": prompt_lens,
+        "history_lens": history_lens, "token": token,
+    }  # fmt: skip
+    others = {"seed": seed, "history": history, "logprob": logprob}
+    device.check_same("sample", logits, **floats, **ints, **others)
+    _C.check("sample", [
+        (logits, "logits", "R V", torch.float32),
+        *((x, name, "R", torch.float32) for name, x in floats.items()),
+        *((x, name, "R", torch.int32) for name, x in ints.items()),
+        (seed, "seed", "R", torch.int64), (history, "history", "R L", torch.int32),
+        (logprob, "logprob", "R", torch.float32),
+    ])  # fmt: skip
+    if logits.shape[1] == 0:
+        raise ValueError("sample: logits: expected 1 to 2^31 - 1 tokens, got 0")
+    if len({x is None for x in (history, prompt_lens, history_lens)}) > 1:
+        raise ValueError("sample: history, prompt_lens and history_lens come together")
+    penalties = (repetition_penalty, presence_penalty, frequency_penalty)
+    if history is None and any(p is not None for p in penalties):
+        raise ValueError("sample: penalties need history, prompt_lens and history_lens")
+    device.triton_kernels("sample").sample(
+        logits, temperature, top_k, top_p, min_p, *penalties, seed, position, history, prompt_lens,
+        history_lens, token, logprob, lambda shape, dtype: empty(shape, dtype, logits.device),
+    )  # fmt: skip
 
 
 def philox4x32(counter, key):

@@ -1,0 +1,87 @@
+"""Pointwise activations, with the product of a gated unit fused. Source: pyllm/ops/activation.py.
+
+Floor: x, and up of a gated unit, read and y written. On an H100 (3.35 TB/s) 8192 tokens of 14,336
+bfloat16 gated are 705 MB: 210 us, 235 us at the 90 % that we expect. A decoded token's 86 KB are
+nothing beside the launch. Predicted, not measured.
+
+The normal distribution function is the CPU kernel's fit, which does not cancel where 1 + erf does.
+"""
+
+import triton
+import triton.language as tl
+from pyllm.kernels.launch import launch, row_strides, target_of
+from pyllm.kernels.primitives import round_to, row_offset
+
+TILE = 1024  # elements a program: one access of 16 bytes a thread for the types of 16 bits
+
+
+@triton.jit
+def _times_sigmoid(x, minus_u):
+    return x / (1.0 + tl.exp(minus_u))
+
+
+@triton.jit
+def _normal_cdf(x):
+    t = tl.minimum(tl.abs(x), 14.0, propagate_nan=tl.PropagateNan.ALL)
+    y = (t - 3.0) / (t + 3.0)
+    p = tl.fma(tl.full(x.shape, 5.367208525e-05, tl.float32), y, 1.155439565e-04)
+    p = tl.fma(p, y, -3.394851928e-04)
+    p = tl.fma(p, y, -9.837586147e-04)
+    p = tl.fma(p, y, 2.904556327e-03)
+    p = tl.fma(p, y, 6.132070701e-03)
+    p = tl.fma(p, y, -4.621329098e-02)
+    p = tl.fma(p, y, 1.232250307e-01)
+    p = tl.fma(p, y, -2.064026190e-01)
+    p = tl.fma(p, y, 1.215139476e-01)
+    # t^2 rounds, and its error would come out t^2 / 2 times larger: carry it along.
+    square = t * t
+    rest = tl.fma(t, t, -square)
+    lower = tl.exp(square * -0.5) * tl.fma(p * rest, -0.5, p)
+    lower = tl.where(square > 174.0, 0.0, lower)  # as small as a normal float32 gets
+    return tl.where(x > 0, 1.0 - lower, lower)
+
+
+@triton.jit
+def activate(x, KIND: tl.constexpr):
+    """float32: relu, silu, gelu or gelu_tanh."""
+    if KIND == "relu":
+        return tl.where(x < 0, 0.0, x)  # NaN stays
+    elif KIND == "silu":
+        return _times_sigmoid(x, -x)
+    elif KIND == "gelu":
+        return x * _normal_cdf(x)
+    else:  # (1 + tanh u) / 2 is the sigmoid of 2 u
+        cubic = tl.fma(x * x, 0.044715, 1.0) * x
+        return _times_sigmoid(x, cubic * -1.5957691216057308)
+
+
+@triton.jit(do_not_specialize=["rows"])
+def activation_kernel(
+    x, up, out, x_stride, x_head, up_stride, up_head, out_stride, out_head, rows, heads, width,
+    KIND: tl.constexpr, ROWS: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)[:, None]
+    columns = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)[None, :]
+    inside = (row < rows) & (columns < width)
+    at = x + row_offset(row, heads, x_stride, x_head) + columns
+    y = activate(tl.load(at, mask=inside, other=0.0).to(tl.float32), KIND)
+    if up is not None:
+        at = up + row_offset(row, heads, up_stride, up_head) + columns
+        y *= tl.load(at, mask=inside, other=0.0).to(tl.float32)
+    at = out + row_offset(row, heads, out_stride, out_head) + columns
+    tl.store(at, round_to(y, out.dtype.element_ty), mask=inside)
+
+
+def activation(kind, x, up, out):
+    """Tensors ``[T, D]`` or ``[T, H, D]`` of one dtype; up may be None."""
+    if x.numel() == 0:
+        return
+    width, heads = x.shape[-1], x.shape[1] if x.ndim == 3 else 1
+    rows = x.shape[0] * heads
+    block = min(triton.next_power_of_2(width), TILE)
+    tile_rows = TILE // block
+    launch(
+        activation_kernel, (triton.cdiv(rows, tile_rows), triton.cdiv(width, block)),
+        x, up, out, *row_strides(x), *row_strides(up), *row_strides(out), rows, heads, width,
+        KIND=kind, ROWS=tile_rows, BLOCK=block, num_warps=128 // target_of(x.device).warp_size,
+    )  # fmt: skip
