@@ -213,6 +213,24 @@ def _torch_int8(a, options):
     return lambda: torch.ops.aten._weight_int8pack_mm(x, q, scales)
 
 
+def _gemlite(a, options):
+    """Its kernels of halves by the same quants; it chooses one by the number of rows."""
+    x, w = a["x"], a["weight"]
+    if x.dtype not in (torch.float16, torch.bfloat16):
+        return None
+    from gemlite.helper import A16Wn
+
+    q, scale, minimum = w.parts()
+    # What it multiplies with is (q - zero) * scale.
+    zero = torch.full_like(scale, w.offset)
+    if minimum is not None:
+        zero = -minimum.float() / scale.float()
+    layer = A16Wn(device=x.device, dtype=x.dtype).from_weights(
+        q.contiguous(), scale, zero, w.bits, w.group_size
+    )
+    return lambda: layer(x)
+
+
 def _liger_rms_norm(a, options):
     from liger_kernel.ops.rms_norm import LigerRMSNormFunction
 
@@ -275,6 +293,7 @@ BASELINES = [
         },
         GPU, "liger_kernel",
     ),
+    Baseline("gemlite", {"quant_matmul": _gemlite}, GPU, "gemlite"),
     Baseline("flash-attn", {"flash_attention": _flash_attn}, GPU, "flash_attn"),
     Baseline(
         "flashinfer", {"rms_norm": _flashinfer_rms_norm, "flash_attention": _flashinfer_attention},
