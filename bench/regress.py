@@ -91,6 +91,11 @@ def report(path, folder, console) -> bool:
     compared = [(old, rows) for old in committed(new, folder) if (rows := judge(new, old))]
     if not compared:
         console.print(f"{new.name}: nothing to compare with: no committed result of {new.device}")
+    regressed = 0
     for old, rows in compared:
         console.print(table(new, old, rows))
-    return not any(row["state"] == "regressed" for _, rows in compared for row in rows)
+        judged = [row["state"] for row in rows if row["change"]]
+        bad = judged.count("regressed")
+        console.print(f"{len(judged)} of {len(rows)} cases judged, {bad} regressed")
+        regressed += bad
+    return not regressed

@@ -2,6 +2,7 @@
 
 import copy
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -179,7 +180,7 @@ def test_mistakes(measured, tmp_path, run):
     ("change", "state"),
     [
         (slower(1.8), "regressed"),
-        (slower(1.95), "ok"),  # less than what any two runs differ by
+        (slower(1.95, spread=0.001), "ok"),  # less than what any two runs differ by
         (slower(1.8, spread=0.15), "ok"),  # within the recorded spread
         (slower(1.8, ["torch"]), "ok"),  # that baseline became faster
         (slower(1.0, meaningful=False), "not judged: torch is noisy, liger is noisy"),
@@ -206,21 +207,25 @@ def test_another_baseline_is_not_judged(measured, tmp_path):
     assert {row["state"] for row in rows} == {"not judged: another torch"}
 
 
+def elsewhere(data):
+    data["environment"]["machine"]["processor"] = "abacus"
+
+
 def test_regress_command(measured, tmp_path, run):
     committed = tmp_path / "results"
     write(committed / "here/kernels-norm.json", measured)
     write(committed / "float16/kernels.json", measured, lambda data: data.update(dtype="float16"))
-    there = lambda data: data["environment"]["machine"].update(processor="abacus")  # noqa: E731
-    write(committed / "there/kernels.json", measured, there)
+    write(committed / "there/kernels.json", measured, elsewhere)
     same = write(tmp_path / "same.json", measured)
     worse = write(tmp_path / "worse.json", measured, slower(1.0))
     assert [Path(r.name).parent.name for r in regress.committed(same, committed)] == ["here"]
     code, shown, _ = run("regress", same.name, "--results", committed)
     assert code == 0
-    assert "regressed" not in shown
+    n = len(measured["rows"])
+    assert f"{n} of {n} cases judged, 0 regressed" in shown
     code, shown, _ = run("regress", same.name, worse.name, "--results", committed)
     assert code == 1
-    assert shown.count("regressed") == 1
+    assert shown.count("0 regressed") == shown.count("1 regressed") == 1
     assert "-50.0%" in shown
     code, shown, _ = run("regress", worse.name, "--results", tmp_path / "none")
     assert code == 0
@@ -235,6 +240,13 @@ def test_the_table_of_counts_has_every_case():
     for isa in instructions.ISAS:
         assert sorted(COMMITTED["counts"][isa]) == sorted(names)
         assert all(n > 0 for n in COMMITTED["counts"][isa].values())
+
+
+def test_every_kernel_is_counted():
+    table = (ROOT / "csrc/cpu/kernels.def").read_text()
+    assert sorted(instructions.KERNELS) == sorted(
+        re.findall(r"^PYLLM_CPU_KERNEL\((\w+)", table, re.M)
+    )
 
 
 def test_counts_are_judged():
