@@ -17,7 +17,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pyllm import ops
-from pyllm.quant import QuantTensor
+from pyllm.quant import QuantRows, QuantTensor, packing
 
 TARGETS = {
     "cuda:80": GPUTarget("cuda", 80, 32),
@@ -94,6 +94,55 @@ def _norm_backward_cases(op):
     }
 
 
+def _attention(dim, heads, kv_heads, dtype=torch.bfloat16, backward=False, **options):
+    q = torch.empty(1, 4096, heads, dim, dtype=dtype)
+    k = torch.empty(1, 4096, kv_heads, dim, dtype=dtype)
+    options = {"causal": True, **options, "backend": "triton"}
+    if not backward:
+        ops.flash_attention(q, k, k, **options)
+        return
+    lse = torch.empty(1, 4096, heads)
+    ops.flash_attention_backward(q, q, k, k, q, lse, **options)
+
+
+def _attention_cases(**options):
+    return {
+        "bf16 64": lambda: _attention(64, 16, 16, **options),
+        "bf16 128": lambda: _attention(128, 32, 8, **options),
+        "bf16 128 window": lambda: _attention(128, 32, 8, window=1024, **options),
+        "bf16 256 softcap": lambda: _attention(256, 8, 4, softcap=50.0, **options),
+        "fp32 64": lambda: _attention(64, 8, 8, torch.float32, **options),
+    }
+
+
+def _paged(dim, tokens, batch, dtype=torch.bfloat16, cache_dtype=None, page_size=64, **options):
+    q = torch.empty(tokens, 32, dim, dtype=dtype)
+    cache = torch.empty(256, page_size, 8, dim, dtype=cache_dtype or dtype)
+    i32 = {"dtype": torch.int32}
+    tables = {
+        "cu_seqlens_q": torch.zeros(batch + 1, **i32),
+        "page_table": torch.zeros(batch, 64, **i32),
+        "context_lens": torch.zeros(batch, **i32),
+    }
+    if not cache.is_floating_point() or cache.itemsize == 1:
+        options |= {"k_scale": torch.ones(8), "v_scale": torch.ones(8)}
+    ops.paged_attention(q, cache, cache, **tables, **options, backend="triton")
+
+
+def _quant_matmul(rows, bits=4, group_size=32, symmetric=False, dtype=torch.bfloat16):
+    n, k = 4096, 4096
+    size = packing.packed_bytes(n, k, bits, min(group_size, 32), not symmetric)
+    packed = torch.zeros(size, dtype=torch.uint8)
+    weight = QuantTensor(packed, (n, k), bits, group_size, not symmetric)
+    ops.quant_matmul(torch.empty(rows, k, dtype=dtype), weight, backend="triton")
+
+
+def _row_matmul(rows, dtype):
+    q = torch.empty(4096, 4096, dtype=dtype)
+    x, weight = QuantRows(q[:rows], torch.empty(rows)), QuantRows(q, torch.empty(4096))
+    ops.quant_matmul(x, weight, backend="triton")
+
+
 # Op: case: what launches it.
 CASES = {
     "activation": {
@@ -108,6 +157,31 @@ CASES = {
         "bf16": lambda: _embedding(torch.empty(99, 4096, dtype=torch.bfloat16)),
         "4 bits": lambda: _embedding(QuantTensor.from_float(torch.ones(16, 4096), bits=4)),
         "8 bits": lambda: _embedding(QuantTensor.from_float(torch.ones(16, 4096), bits=8)),
+    },
+    "flash_attention": _attention_cases(),
+    "flash_attention_backward": _attention_cases(backward=True),
+    "paged_attention": {
+        "bf16 64 decode": lambda: _paged(64, 4, 4),
+        "bf16 128 decode": lambda: _paged(128, 4, 4),
+        "bf16 128 decode, pages of 16": lambda: _paged(128, 4, 4, page_size=16),
+        "bf16 128 decode, e4m3": lambda: _paged(128, 4, 4, cache_dtype=torch.float8_e4m3fn),
+        "bf16 128 decode, int8": lambda: _paged(128, 4, 4, cache_dtype=torch.int8),
+        "bf16 128 prompt": lambda: _paged(128, 4096, 1),
+        "bf16 256 decode": lambda: _paged(256, 4, 4),
+        "fp32 64 decode": lambda: _paged(64, 4, 4, torch.float32),
+    },
+    "quant_matmul": {
+        "bf16 4 bits, 1 row": lambda: _quant_matmul(1),
+        "bf16 4 bits, 64 rows": lambda: _quant_matmul(64),
+        "bf16 4 bits, 4096 rows": lambda: _quant_matmul(4096),
+        "fp16 4 bits in groups of 128, 1 row": lambda: _quant_matmul(
+            1, group_size=128, dtype=torch.float16
+        ),
+        "bf16 8 bits, symmetric, 1 row": lambda: _quant_matmul(1, 8, symmetric=True),
+        "int8 rows, 1 row": lambda: _row_matmul(1, torch.int8),
+        "int8 rows, 4096 rows": lambda: _row_matmul(4096, torch.int8),
+        "e4m3 rows, 1 row": lambda: _row_matmul(1, torch.float8_e4m3fn),
+        "e4m3 rows, 4096 rows": lambda: _row_matmul(4096, torch.float8_e4m3fn),
     },
     "layer_norm": _norm_cases("layer_norm"),
     "layer_norm_backward": _norm_backward_cases("layer_norm_backward"),

@@ -68,6 +68,16 @@ def _target_of(index):
         return triton.runtime.driver.active.get_current_target()
 
 
+def precision(dtype: torch.dtype, target: GPUTarget) -> str:
+    """How `tl.dot` multiplies: float32 as three products in tf32 where no unit takes float32."""
+    return "tf32x3" if dtype == torch.float32 and target.backend == "cuda" else "ieee"
+
+
+def knows_e4m3(target: GPUTarget) -> bool:
+    """Whether kernels can use float8_e4m3fn; else they take its bits."""
+    return not INTERPRETED and target.backend == "cuda" and target.arch >= 89
+
+
 def launch(kernel, grid: tuple, *arguments, **options):
     """``kernel[grid](*arguments, **options)`` on the device of the first argument.
 

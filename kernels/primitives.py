@@ -19,6 +19,14 @@ def round_to(x, dtype: tl.constexpr):
 
 
 @triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """``acc + a @ b`` in float32; the interpreter multiplies the bits of bfloat16."""
+    if INTERPRETED and a.dtype == tl.bfloat16:
+        return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    return tl.dot(a, b, acc, input_precision=PRECISION)
+
+
+@triton.jit
 def round_even(x):
     """The nearest integer to float32 `x`, ties to even, as float32; ``|x| < 2^22``."""
     return (x + 12582912.0) - 12582912.0
@@ -59,3 +67,12 @@ def exp(x):
     power = ((n + 126.0).to(tl.int32) << 23).to(tl.float32, bitcast=True)
     y = tl.where(x < -87.0, 0.0, p * power * 2.0)
     return tl.where(x > 88.72, float("inf"), y)
+
+
+@triton.jit
+def from_e4m3(bits):
+    """uint8 that are e4m3 as float16, exactly; for targets that do not know the format."""
+    bits = bits.to(tl.uint16)
+    # The exponents of float16 begin 8 lower.
+    value = ((bits & 0x80) << 8 | (bits & 0x7F) << 7).to(tl.float16, bitcast=True) * 256
+    return tl.where((bits & 0x7F) == 0x7F, float("nan"), value).to(tl.float16)

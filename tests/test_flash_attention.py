@@ -1,10 +1,10 @@
 import pytest
 import torch
 from cases import DTYPES, HEADS, dtype_name, rand, strided
-from compare import assert_close, poisoned
+from compare import EPS, assert_close, poisoned
 
 from pyllm import _C
-from pyllm.ops import device, flash_attention
+from pyllm.ops import device, flash_attention, flash_attention_backward
 from pyllm.ops._attention import attend, window_sides
 
 INF = float("inf")
@@ -302,3 +302,140 @@ def test_any_order_of_lanes(seed):
         assert torch.equal(flash_attention(q, k, v, causal=True, backend="emulator"), expected)
     finally:
         device.library("emulator").configure(seed=1, threads=2)
+
+
+# --- Triton's kernels, in its interpreter where there is no device: small sizes, as that is slow
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_matches_reference(backend, dtype):
+    for sizes in [(1, 1, 1), (0, 4, 4), (2, 0, 5), (2, 5, 0), (2, 3, 77), (1, 40, 9)]:
+        check(*inputs(*sizes, (2, 1, 7), dtype), backend)
+    for heads in [(4, 2, 48), (1, 1, 256)]:
+        check(*inputs(1, 70, 90, heads, dtype), backend, causal=True)
+    check(*inputs(1, 140, 160, (1, 1, 64), dtype), backend, causal=True)
+
+
+TRITON_OPTIONS = [
+    "window",
+    "window to both sides",
+    "window to the right",
+    "softcap",
+    "alibi, causal",
+]
+TRITON_OPTIONS += ["sinks", "bias for all heads", "mask of everything"]
+
+
+@pytest.mark.parametrize("options", TRITON_OPTIONS)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_options(options, backend):
+    check(*inputs(3, 33, 150, (6, 2, 32), torch.bfloat16), backend, **OPTIONS[options])
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_bits_and_what_is_not_finite(backend):
+    dtype = torch.float16
+    test_keys_that_are_not_visible_do_not_matter(float("nan"), 70, backend, dtype)
+    test_values_that_are_not_finite_reach_those_who_see_them(backend, dtype)
+    test_a_row_without_keys(backend, dtype)
+    q, k, v = inputs(1, 150, 150, (2, 1, 32), dtype)
+    whole = flash_attention(q, k, v, causal=True, backend=backend)
+    for n in (1, 33, 100):
+        part = flash_attention(q[:, -n:], k, v, causal=True, backend=backend)
+        assert torch.equal(part, whole[:, -n:])
+    q, k, v = (strided(x.transpose(1, 2)).transpose(1, 2) for x in (q, k, v))
+    assert torch.equal(flash_attention(q, k, v, causal=True, backend=backend), whole)
+    negative = flash_attention(-q, k, v, causal=True, scale=-(32**-0.5), backend=backend)
+    assert torch.equal(negative, whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": half(1, 5, 3, 8)}, "q: expected a multiple of the 2 KV heads, got 3 heads"),
+        ({"q": half(1, 5, 4, 300)}, r"k: expected .*\(D is 300\)"),
+        ({"k": half(1, 6, 2, 8).bfloat16()}, "k: expected float16"),
+        ({"bias": torch.ones(1, 1, 5, 6).int()}, "bias: expected float32"),
+        ({"cu_seqlens_q": ints(0, 5)}, "cu_seqlens_q and cu_seqlens_k come together"),
+        ({"softcap": -1.0}, "softcap at least 0"),
+        ({"out": half(1, 5, 4, 8).float()}, "out: expected float16"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_for_triton(arguments, message):
+    good = {"q": half(1, 5, 4, 8), "k": half(1, 6, 2, 8), "v": half(1, 6, 2, 8)}
+    with pytest.raises(ValueError, match=message):
+        flash_attention(**{**good, **arguments}, backend="triton")
+
+
+# --- backward
+
+BACKWARD_OPTIONS = {
+    "plain": {},
+    "causal": {"causal": True},
+    "all but bias": {"window": (20, 3), "softcap": 5.0, "alibi_slopes": torch.full((4,), 0.3)},
+    "sinks": {"sinks": torch.tensor([0.0, 1, -3, 5])},
+    "bias": {"bias": rand(1, 4, 33, 70, seed=5), "scale": -0.3},
+    "bias for all heads": {"bias": rand(2, 1, 33, 70, seed=6), "causal": True},
+}
+
+
+def autograd(inputs, gradients, dtype, **options):
+    """The gradients by PyTorch of the formula computed in `dtype`."""
+    leaves = [x.detach().to(dtype).requires_grad_() for x in inputs]
+    for name in ("bias", "sinks"):
+        if name in options:
+            options[name] = options[name].to(dtype).requires_grad_()
+            leaves.append(options[name])
+    results = formula(*leaves[:3], dtype, **options)
+    return torch.autograd.grad(results, leaves, [x.to(dtype) for x in gradients])
+
+
+@pytest.mark.parametrize("options", BACKWARD_OPTIONS.values(), ids=BACKWARD_OPTIONS)
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("reference", torch.float32), ("triton", torch.float32), ("triton", torch.bfloat16)],
+    ids=["reference", "triton-float32", "triton-bfloat16"],
+)
+def test_gradients_are_those_of_autograd(options, backend, dtype):
+    q, k, v = inputs(2, 33, 70, (4, 2, 40), dtype)
+    do, dlse = rand(2, 33, 4, 40, dtype=dtype, seed=8), rand(2, 33, 4, seed=9)
+    out, lse = flash_attention(q, k, v, **options, return_lse=True, backend=backend)
+    results = flash_attention_backward(do, q, k, v, out, lse, **options, dlse=dlse, backend=backend)
+    results = [x for x in results if x is not None]
+    exact = autograd((q, k, v), (do, dlse), torch.float64, **options)
+    same = autograd((q, k, v), (do, dlse), dtype, **options)
+    for name, result, e, s in zip(
+        ("dq", "dk", "dv", "of option"), results, exact, same, strict=False
+    ):
+        # The last place of the log-sum-exp, which is float32, is a factor of all weights.
+        floor = max(EPS[dtype], EPS[torch.float32] * lse.abs().max().item()) * e.abs().max().item()
+        assert_close(result, e, s, what=name, floor=floor)
+    assert len(results) == len(exact)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_alone_and_in_a_ragged_batch_results_and_gradients_have_the_same_bits(backend):
+    lengths = [(5, 9), (0, 3), (70, 130), (1, 0), (7, 2)]
+    parts = [inputs(1, n, m, (2, 1, 32), torch.float16) for n, m in lengths]
+    parts = [(rand(*p[0].shape, dtype=torch.float16, seed=4), *p) for p in parts]
+    do, q, k, v = (torch.cat([p[i][0] for p in parts]) for i in range(4))
+    cu = [torch.tensor([0, *(n[i] for n in lengths)]).cumsum(0).int() for i in range(2)]
+    ragged = {"cu_seqlens_q": cu[0], "cu_seqlens_k": cu[1], "causal": True, "backend": backend}
+    out, lse = flash_attention(q, k, v, **ragged, return_lse=True)
+    whole = flash_attention_backward(do, q, k, v, out, lse, **ragged)
+    for b, (do_, *qkv) in enumerate(parts):
+        alone = flash_attention(*qkv, causal=True, return_lse=True, backend=backend)
+        here = slice(*cu[0][b : b + 2].tolist())
+        assert torch.equal(alone[0][0], out[here])
+        assert torch.equal(alone[1][0], lse[here])
+        alone = flash_attention_backward(do_, *qkv, *alone, causal=True, backend=backend)
+        for i in range(3):
+            here = slice(*cu[min(i, 1)][b : b + 2].tolist())
+            assert torch.equal(alone[i][0], whole[i][here])
+    # The reference of a ragged batch is that of its sequences: rounded, a thousandth away at most.
+    wide = (x.double() for x in (do, q, k, v, out, lse))
+    exact = flash_attention_backward(*wide, **{**ragged, "backend": "reference"})
+    for result, e in zip(whole[:3], exact[:3], strict=True):
+        assert_close(result, e, e.half(), floor=2 * EPS[torch.float16] * e.abs().max().item())

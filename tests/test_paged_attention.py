@@ -388,12 +388,16 @@ def test_device_gives_the_same_bits_alone_and_in_a_batch():
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("new", [2, 90])
 def test_device_keys_that_are_not_visible_do_not_matter(cache_dtype, new):
+    check_keys_that_are_not_visible_do_not_matter(cache_dtype, new, backend="emulator")
+
+
+def check_keys_that_are_not_visible_do_not_matter(cache_dtype, new, backend):
     case = Case([(new, 600)], (3, 1, 64), torch.float16, cache_dtype)
-    before = case.run(window=70, backend="emulator")
+    before = case.run(window=70, backend=backend)
     nan = torch.full((64,), float("nan")).to(cache_dtype)
     key = 600 + new - 80  # of the window of some queries only
     case.caches[1][case.batch.page_table[0, key // 16], key % 16] = nan
-    after = case.run(window=70, backend="emulator")
+    after = case.run(window=70, backend=backend)
     at = torch.arange(600, 600 + new)
     sees = (at >= key) & (at - 70 < key)
     assert after[sees].isnan().all()
@@ -401,15 +405,19 @@ def test_device_keys_that_are_not_visible_do_not_matter(cache_dtype, new):
 
 
 def test_device_never_reads_outside_the_cache():
+    check_never_reads_outside_the_cache(backend="emulator")
+
+
+def check_never_reads_outside_the_cache(backend):
     case = Case([(2, 30), (3, 600)], dtype=torch.float16)
-    expected = case.run(backend="emulator")
+    expected = case.run(backend=backend)
     for name in ("page_table", "context_lens", "cu_seqlens_q"):
         original = getattr(case.batch, name).clone()
         for value in (2**31 - 1, -(2**31), 1):
             getattr(case.batch, name).fill_(value)
-            case.run(backend="emulator")
+            case.run(backend=backend)
         getattr(case.batch, name).copy_(original)
-    assert torch.equal(case.run(backend="emulator"), expected)
+    assert torch.equal(case.run(backend=backend), expected)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.int8], ids=dtype_name)
@@ -452,3 +460,89 @@ def test_bad_arguments_on_a_device(arguments, message):
 def test_device_refuses_rows_of_bytes_that_are_not_on_16():
     with pytest.raises(ValueError, match="k_cache: expected a head dim that is a multiple of 16"):
         Case([(1, 3)], (1, 1, 40), torch.float16, torch.int8).run(backend="emulator")
+
+
+# --- Triton's kernels, in its interpreter where there is no device: small sizes, as that is slow
+
+
+@pytest.mark.parametrize("heads", [(3, 1, 7), (4, 2, 32), (8, 1, 80)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_matches_reference(heads, backend, dtype):
+    for sequences in [RAGGED[3], [(1, 515), (0, 3), (2, 63)]]:
+        Case(sequences, heads, dtype, page_size=5).check(backend=backend)
+    Case([(40, 600)], heads, dtype, page_size=64).check(backend=backend)
+
+
+@pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_options(options, backend):
+    for sequences in [[(5, 40), (1, 520)], [(40, 500)]]:
+        Case(sequences, dtype=torch.bfloat16).check(backend=backend, **options)
+
+
+@pytest.mark.parametrize(
+    "cache_dtype", [torch.int8, torch.float8_e4m3fn, torch.bfloat16], ids=dtype_name
+)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_reads_caches_of_other_dtypes(cache_dtype, backend):
+    dtype = torch.float32 if cache_dtype == torch.bfloat16 else torch.float16
+    scales = {"k_scale": torch.tensor([0.02, 0.05]), "v_scale": torch.tensor([0.1, 3])}
+    for sequences in [RAGGED[3], [(40, 100)]]:
+        case = Case(sequences, (4, 2, 32), dtype, cache_dtype)
+        case.check(backend=backend, **scales)
+        expected = case.run(backend=backend, **scales)
+        # A cache of q's dtype that holds the same numbers gives the same bits.
+        case.caches = [cache.to(dtype) for cache in case.caches]
+        assert torch.equal(case.run(backend=backend, **scales), expected)
+    case.caches[0] = relaid(case.caches[0], 0, 2, 3, 1)
+    assert torch.equal(case.run(backend=backend, **scales), expected)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_gives_the_same_bits_cut_or_whole_alone_or_in_a_batch(backend):
+    case = Case([(70, 1000)], (3, 1, 64), torch.float16)
+    whole = case.run(backend=backend)
+    for pieces in ([1] * 5 + [65], [7] * 10, [40, 30]):
+        assert torch.equal(cut(case, pieces, backend=backend), whole), pieces
+    sequences = [(1, 700), (70, 300), (0, 9), (5, 40)]
+    case = Case(sequences, (4, 2, 32), torch.bfloat16)
+    whole = case.run(backend=backend)
+    for b in range(len(sequences)):
+        part = slice(*case.batch.cu_seqlens_q[b : b + 2].tolist())
+        alone = {
+            "cu_seqlens_q": torch.tensor([0, part.stop - part.start], dtype=torch.int32),
+            "page_table": case.batch.page_table[b : b + 1],
+            "context_lens": case.batch.context_lens[b : b + 1],
+        }
+        assert torch.equal(case.run(case.q[part], backend=backend, **alone), whole[part])
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_keys_that_are_not_visible_do_not_matter(backend):
+    check_keys_that_are_not_visible_do_not_matter(torch.float16, 2, backend)
+    check_keys_that_are_not_visible_do_not_matter(torch.float8_e4m3fn, 40, backend)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_never_reads_outside_the_cache(backend):
+    check_never_reads_outside_the_cache(backend)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"q": torch.ones(5, 4, 64).half()}, "q: expected a multiple of the 3 KV heads"),
+        (
+            {"q": torch.ones(5, 9, 64).bfloat16()},
+            r"k_cache: expected bfloat16\|int8\|float8_e4m3fn",
+        ),
+        ({"cu_seqlens_q": ints(0, 5, 2, 5)}, r"expected B \+ 1 = 3 entries, got 4"),
+        ({"sinks": torch.ones(3)}, r"sinks: expected float32\[H\]"),
+        ({"k_scale": torch.ones(9)}, r"k_scale: expected float32\[Hkv\]"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_for_triton(arguments, message):
+    with pytest.raises(ValueError, match=message):
+        Case([(2, 30), (3, 30)], dtype=torch.float16).run(**arguments, backend="triton")

@@ -243,8 +243,8 @@ def test_fragments_are_the_same_bytes_wherever_packed(n, k, bits, group_size, sy
         assert torch.equal(other.packed, in_torch.packed)
 
 
-def check_device(x, weight, bias=None, **arguments):
-    y = quant_matmul(x, weight, bias, backend="emulator", **arguments)
+def check_device(x, weight, bias=None, backend="emulator", **arguments):
+    y = quant_matmul(x, weight, bias, backend=backend, **arguments)
     w = weight.dequantize()
     exact = x.double() @ w.double().t()
     in_torch = x @ w.to(x.dtype).t()
@@ -335,24 +335,26 @@ def test_device_bias_strides_alignment_and_leading_dimensions(n):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 def test_device_extremes(bits, symmetric, dtype):
+    check_extremes(bits, symmetric, dtype, backend="emulator")
+
+
+def check_extremes(bits, symmetric, dtype, backend):
     """All quants are exact, what is not finite stays in its row, and large sums do not overflow."""
     q = (torch.arange(64 * 256) * 7 % 2**bits).to(torch.uint8).view(64, 256)
     scale = torch.ones(64, 8).half()
     weight = QuantTensor.from_parts(q, scale, None if symmetric else scale, bits=bits)
     x = torch.zeros(256, 256, dtype=dtype).fill_diagonal_(1.0)
-    assert torch.equal(
-        quant_matmul(x, weight, backend="emulator"), weight.dequantize().t().to(dtype)
-    )
+    assert torch.equal(quant_matmul(x, weight, backend=backend), weight.dequantize().t().to(dtype))
     x = rand(20, 256, dtype=dtype)
     x[3, 5], x[7, 40], x[14, 95] = float("nan"), float("inf"), -float("inf")
-    finite = quant_matmul(x, weight, backend="emulator").isfinite().all(1)
+    finite = quant_matmul(x, weight, backend=backend).isfinite().all(1)
     assert finite.logical_not().nonzero().flatten().tolist() == [3, 7, 14]
     x = torch.full((1, 256), 6e4, dtype=dtype)
     x[:, 1::2] *= -1
     small = QuantTensor.from_parts(
         q[:, :1].expand(64, 256).contiguous(), scale, None if symmetric else scale, bits=bits
     )
-    assert torch.equal(quant_matmul(x, small, backend="emulator"), torch.zeros(1, 64, dtype=dtype))
+    assert torch.equal(quant_matmul(x, small, backend=backend), torch.zeros(1, 64, dtype=dtype))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -406,3 +408,94 @@ def test_device_bad_arguments():
             quant_matmul(**{"x": x, "weight": weight, "backend": "emulator", **arguments})
     for empty in (x[:0], x[:0, None]):
         assert quant_matmul(empty, weight, backend="emulator").shape == (*empty.shape[:-1], 20)
+
+
+# --- Triton's kernel, in its interpreter where there is no device
+
+
+@pytest.mark.parametrize(
+    ("shape", "group_size"),
+    [
+        ((1, 1, 32), 32),
+        ((0, 16, 32), 32),
+        ((3, 17, 48), 16),
+        ((25, 40, 1536), 32),
+        ((9, 300, 320), 64),
+        ((70, 20, 384), 128),
+        ((150, 40, 80), None),
+        ((2, 130, 1056), None),
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize(("bits", "symmetric"), list(itertools.product((4, 8), (False, True))))
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_matches_reference(shape, group_size, bits, symmetric, backend):
+    t, n, k = shape
+    weight, bias = quantized(n, k, bits, group_size, symmetric), rand(n, seed=3)
+    for dtype in DTYPES:
+        out = poisoned((t, n), dtype)
+        assert check_device(rand(t, k, dtype=dtype), weight, bias, backend, out=out) is out
+
+
+@pytest.mark.parametrize(("bits", "symmetric"), [(4, False), (8, True)])
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_row_does_not_depend_on_the_others(bits, symmetric, backend):
+    """On either side of every change of tile size, with splits in programs of their own or not."""
+    weight, x = quantized(70, 1600, bits, 32, symmetric), rand(1100, 1600, dtype=torch.float16)
+    whole = check_device(x, weight, backend=backend)
+    for rows in ([0], range(17), range(5, 40), range(2, 102), [1099]):
+        part = quant_matmul(x[list(rows)], weight, backend=backend)
+        assert torch.equal(part, whole[list(rows)])
+    y = quant_matmul(strided(x[:4].view(2, 2, -1)), weight, backend=backend)
+    assert torch.equal(y.flatten(0, 1), whole[:4])
+
+
+@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_extremes(bits, symmetric, dtype, backend):
+    check_extremes(bits, symmetric, dtype, backend)
+
+
+@pytest.mark.parametrize("dtype", QuantRows.LIMITS, ids=dtype_name)
+@pytest.mark.parametrize(
+    "shape", [(0, 5, 64), (1, 70, 1100), (40, 17, 200), (130, 30, 128)], ids=str
+)
+@pytest.mark.parametrize("backend", ["triton"])
+def test_triton_multiplies_rows_as_they_are(dtype, shape, backend):
+    t, n, k = shape
+    x, weight = (QuantRows.from_float(rand(m, k, seed=m), dtype) for m in (t, n))
+    bias = rand(n, seed=3)
+    for to in DTYPES:
+        out = poisoned((t, n), to)
+        quant_matmul(x, weight, bias, out=out, backend=backend)
+        exact = quant_matmul(x, weight, bias, out=torch.empty(t, n).double(), backend="reference")
+        same = (x.q.to(to) @ weight.q.to(to).t()) * x.scale[:, None].to(to) * weight.scale.to(to)
+        assert_close(out, exact, same + bias.to(to))
+    if t > 1:
+        one = QuantRows(x.q[-1:], x.scale[-1:])
+        assert torch.equal(
+            quant_matmul(one, weight, bias, out=out[:1].clone(), backend=backend), out[-1:]
+        )
+
+
+def test_triton_bad_arguments():
+    weight, x = quantized(20, 64), torch.ones(2, 64).half()
+    rows = QuantRows.from_float(x, torch.int8)
+    cases = [
+        ({"x": x[:, :32]}, r"x: expected .*\[T 64\], got float16\[2, 32\]"),
+        ({"bias": torch.ones(7)}, r"bias: expected float32\[20\], got float32\[7\]"),
+        ({"out": torch.ones(2, 21).half()}, r"out: expected float16\[T 20\]"),
+        ({"out": torch.ones(2, 20)}, "out: expected float16"),
+        ({"x": quantize_activation(x)}, "takes no QuantActivation with QuantTensor"),
+        ({"weight": pack_fragments(weight)}, "takes no Tensor with QuantFragments"),
+        ({"bias": torch.ones(20, device="meta")}, "bias: expected it on cpu, got meta"),
+        (
+            {"x": rows, "weight": QuantRows.from_float(x, torch.float8_e4m3fn)},
+            "weight: expected torch.int8 as x",
+        ),
+    ]
+    for arguments, message in cases:
+        with pytest.raises(ValueError, match=message):
+            quant_matmul(**{"x": x, "weight": weight, "backend": "triton", **arguments})

@@ -2,7 +2,7 @@
 
 from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.embedding import embedding
-from pyllm.ops.flash_attention import flash_attention
+from pyllm.ops.flash_attention import flash_attention, flash_attention_backward
 from pyllm.ops.layer_norm import layer_norm, layer_norm_backward
 from pyllm.ops.matmul import matmul
 from pyllm.ops.paged_attention import paged_attention
@@ -14,6 +14,7 @@ from pyllm.ops.sample import sample
 __all__ = [
     "embedding",
     "flash_attention",
+    "flash_attention_backward",
     "gelu",
     "gelu_mul",
     "layer_norm",

@@ -4,7 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import device
-from pyllm.ops._attention import attend, window_sides
+from pyllm.ops._attention import FLOATS, attend, check_triton, window_sides
 from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
 
@@ -153,3 +153,42 @@ def _device(backend):
 
 for _backend in ("cuda", "emulator"):
     _OP.register(_backend)(_device(_backend))
+
+
+@_OP.register("triton")
+def _triton(
+    q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides, softcap,
+    alibi_slopes, sinks, k_scale, v_scale, out,
+):  # fmt: skip
+    out = torch.empty_like(q) if out is None else out
+    device.check_same(
+        "paged_attention", q, k_cache=k_cache, v_cache=v_cache, cu_seqlens_q=cu_seqlens_q,
+        page_table=page_table, context_lens=context_lens, alibi_slopes=alibi_slopes,
+        sinks=sinks, k_scale=k_scale, v_scale=v_scale, out=out,
+    )  # fmt: skip
+    caches = (q.dtype, torch.int8, torch.float8_e4m3fn)
+    if q.dtype == torch.float32:
+        caches = (*caches, torch.float16, torch.bfloat16)
+    i32, f32 = torch.int32, torch.float32
+    # The keys of a page may lie side by side.
+    by_key = k_cache.ndim == 4 and k_cache.stride(3) != 1 and k_cache.stride(1) == 1
+    keys = k_cache.transpose(1, 3) if by_key else k_cache
+    arguments = [
+        (q, "q", "T H D", FLOATS), (out, "out", "T H D", q.dtype),
+        (keys, "k_cache", "pages D Hkv page_size" if by_key else "pages page_size Hkv D", caches),
+        (v_cache, "v_cache", "pages page_size Hkv D", k_cache.dtype),
+        (page_table, "page_table", "B max_pages", i32), (context_lens, "context_lens", "B", i32),
+        (cu_seqlens_q, "cu_seqlens_q", "B+1", i32), (k_scale, "k_scale", "Hkv", f32),
+        (v_scale, "v_scale", "Hkv", f32),
+    ]  # fmt: skip
+    check_triton("paged_attention", arguments, q, k_cache, scale, softcap, alibi_slopes, sinks)
+    if len(cu_seqlens_q) != len(page_table) + 1:
+        raise ValueError(
+            f"paged_attention: cu_seqlens_q: expected B + 1 = {len(page_table) + 1} entries, got "
+            f"{len(cu_seqlens_q)}"
+        )
+    device.triton_kernels("paged_attention").paged_attention(
+        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides[0],
+        softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out,
+    )  # fmt: skip
+    return out

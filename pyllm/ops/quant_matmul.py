@@ -15,6 +15,7 @@ _OP = Op("quant_matmul")
 _QUANTIZE = Op("quantize_activation")
 _PACK = Op("pack_fragments")
 _MAX_TILES = 1 << 16  # of 128 rows
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 
 
 def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
@@ -222,6 +223,40 @@ def _aligned_rows(x):
 
 for _backend in ("cuda", "emulator"):
     _OP.register(_backend)(_device(_backend))
+
+
+@_OP.register("triton")
+def _triton(x, weight, bias, out):
+    if not isinstance(weight, QuantRows | QuantTensor) or isinstance(x, QuantActivation):
+        raise ValueError(
+            f"quant_matmul: backend 'triton' takes no {type(x).__name__} with "
+            f"{type(weight).__name__}; a QuantTensor, with rows too"
+        )
+    rows = isinstance(x, QuantRows)
+    tensor = x.q if rows else x
+    device.check_same("quant_matmul", tensor, weight=weight, bias=bias, out=out)
+    if out is None:
+        dtype = torch.float32 if rows else x.dtype
+        out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
+    flat, y = as_rows(tensor), as_rows(out)
+    inputs = tuple(QuantRows.LIMITS) if rows else FLOATS
+    n, k = weight.shape
+    _C.check("quant_matmul", [
+        (flat, "x", f"T {k}", inputs), (y, "out", f"T {n}", FLOATS if rows else x.dtype),
+        (bias, "bias", f"{n}", torch.float32),
+        *([(weight.q, "weight", f"{n} {k}", flat.dtype)] if rows else []),
+    ])  # fmt: skip
+    kernels = device.triton_kernels("quant_matmul")
+    counters = _counters(x.device, device.stream(tensor))
+    last = bias, y, counters, device.multiprocessors(x.device)
+    if rows:
+        x_scale = x.scale.reshape(-1).contiguous()
+        kernels.row_matmul(flat, x_scale, weight.q, weight.scale.contiguous(), *last)
+    else:
+        if "triton" not in weight.forms:
+            weight.forms["triton"] = kernels.Chunks.of(weight)
+        kernels.quant_matmul(flat, weight.forms["triton"], weight.bits, n, *last)
+    return out
 
 
 def _counters(where, stream):
