@@ -93,7 +93,7 @@ def _kernels(rows):
             case += f", {row['backend']}"
         seconds[case] = row["seconds"], row["low"], row["high"]
         ratios[case] = {
-            name: Ratio(b["ratio"], b["low"], b["high"], b["meaningful"])
+            name: Ratio(b["ratio"], b["ratio_low"], b["ratio_high"], b["meaningful"])
             for name, b in row["baselines"].items()
         }
     return ratios, seconds

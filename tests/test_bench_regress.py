@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from pyllm import _C, ops
-from pyllm.bench import compare, instructions, kernels, record, regress, replay, shapes
+from pyllm.bench import compare, instructions, kernels, record, regress, replay, shapes, timing
 from pyllm.cli import main
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +32,18 @@ def measured():
 
 def ratio(value, spread=0.02, meaningful=True):
     low, high = value * (1 - spread), value * (1 + spread)
-    return {"ratio": value, "low": low, "high": high, "meaningful": meaningful}
+    return {"ratio": value, "ratio_low": low, "ratio_high": high, "meaningful": meaningful}
+
+
+def test_spreads_are_those_of_the_ratios():
+    """In every result of kernels that is committed, as it was written."""
+    paths = list((ROOT / "bench/results").glob("*/kernels*.json"))
+    assert paths
+    for path in paths:
+        for by_baseline in compare.read(path).ratios.values():
+            for r in by_baseline.values():
+                assert r.low <= r.median <= r.high
+                assert r.meaningful == (2 * r.spread <= timing.MEANINGLESS)
 
 
 def write(path, data, change=lambda data: None):
