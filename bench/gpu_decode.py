@@ -212,6 +212,9 @@ def measure(
             data["tests"].append(_summary(config, test, peaks, _run(engine, config, test)))
         del engine, model
         _free(where)
+    if where.torch_device.type == "cuda":
+        progress("the text of a real model")
+        data["real"] = _real_text(device, backend)
     if peers and where.torch_device.type == "cuda":
         data["hugging_face"] = _hugging_face(config, tests[0], dtype, end, progress)
     return data
@@ -260,6 +263,31 @@ def _summary(config, test, peaks, run):
         / predicted["step"]
         / (peaks[0] * 1e9),
         "predicted_prompt_tokens_per_s": test.context / predicted["prompt"],
+    }  # fmt: skip
+
+
+def _real_text(device, backend, tokens=64):
+    """How many greedy tokens of SmolLM2 are the processor's, before the first that is not."""
+    from pyllm import LLM
+    from pyllm.loading import LoadError, resolve
+
+    try:
+        path = resolve("smollm2-135m")
+    except LoadError as error:
+        return {"left out": str(error)}
+    question = [{"role": "user", "content": "Why is the sky blue?"}]
+    found = {}
+    for name, way in (("cpu", {}), (device, {"backend": backend, "dtype": "float16"})):
+        llm = LLM(path, device=name, max_context=512, **way)
+        for _ in range(2):
+            found[name] = llm.chat(question, max_new_tokens=tokens)
+    ours, theirs = found[device], found["cpu"]
+    pairs = zip(ours.token_ids, theirs.token_ids, strict=False)
+    same = next((i for i, (a, b) in enumerate(pairs) if a != b), len(theirs.token_ids))
+    return {
+        "model": "smollm2-135m", "same tokens": same, "of": len(theirs.token_ids),
+        "text": ours.text, "text of the processor": theirs.text,
+        "tokens_per_s": ours.usage.decode_tokens_per_second,
     }  # fmt: skip
 
 
@@ -351,4 +379,7 @@ def table(data):
         t.add_column(name, justify="left" if name in ("test", "bar") else "right")
     for row in cells(data):
         t.add_row(*row)
+    if real := data.get("real"):
+        text = "; ".join(f"{k}: {v}" for k, v in real.items() if "text" not in k)
+        t.caption = f"Text of real weights: {text}"
     return t

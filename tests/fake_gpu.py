@@ -146,8 +146,7 @@ class _Operators(TorchDispatchMode):
 
 
 class _Event:
-    def __init__(self, world):
-        self._world, self.recorded = world, False
+    recorded = False
 
     def record(self):
         self.recorded = True
@@ -159,9 +158,6 @@ class _Event:
 
 
 class _Graph:
-    def __init__(self, world):
-        self._world = world
-
     def capture_begin(self, pool=None, capture_error_mode="global"):
         assert not self._world.queue, "a capture begins before what was begun is done"
         assert pool == self._world.pool
@@ -212,9 +208,9 @@ class World:
             "synchronize": lambda *_: self.synchronize(),
             "Stream": lambda _: self,
             "stream": stream,
-            "Event": lambda: _Event(self),
+            "Event": type("Event", (_Event,), {"_world": self}),
             "graph_pool_handle": lambda: self.pool,
-            "CUDAGraph": lambda: _Graph(self),
+            "CUDAGraph": type("CUDAGraph", (_Graph,), {"_world": self}),
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)

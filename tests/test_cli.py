@@ -39,6 +39,12 @@ def test_generate_json_and_stdin(smollm2):
     assert data["usage"]["prompt_tokens"] == 3
 
 
+def test_a_device_that_is_not_there(smollm2):
+    result = run("generate", QUESTION, "-m", smollm2, "--device", "tpu")
+    assert result.returncode == 2
+    assert "device: expected 'cpu', 'cuda' or 'cuda:1', got 'tpu'" in result.stderr
+
+
 def test_chat_keeps_the_conversation(smollm2):
     result = run("chat", "-m", smollm2, stdin=f"{QUESTION}\nWhat did I ask?\n/exit\n")
     assert result.returncode == 0, result.stderr

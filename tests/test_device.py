@@ -6,7 +6,7 @@ There need not be a GPU: see fake_gpu.py.
 import pytest
 import torch
 from fake_gpu import CaptureRefused, FakeGpu, World
-from tiny_models import VOCAB, tiny_gguf
+from tiny_models import VOCAB, tiny_gguf, tiny_hf
 
 from pyllm import LLM
 from pyllm.runtime import llm as llm_module
@@ -186,6 +186,30 @@ def test_eager_too(monkeypatch, world, path, plain):
     llm = on_device(monkeypatch, world, path, replay=False)
     assert answers(llm, prompts(3)) == answers(plain, prompts(3))
     assert world.captures == 0
+
+
+@pytest.mark.parametrize("kind", ["llama", "qwen2", "qwen3"])
+def test_every_family_computes_in_halves(monkeypatch, tmp_path, kind):
+    """Weights of floats, with biases or norms of the heads: in the dtype that the file is in."""
+    model = tiny_hf(tmp_path / kind, kind, dtype="bfloat16")
+    world = World(plans=False).install(monkeypatch)
+    llm = on_device(monkeypatch, world, model, True, dtype=None, backend="reference")
+    weights = [llm.model.embed.weight, *llm.model.head.weights]
+    weights += [w for block in llm.model.blocks for w in block.mlp.gate_up.weights]
+    assert {w.dtype for w in weights} == {torch.bfloat16}
+    assert llm.engine.cache.layers[0][0].dtype == torch.bfloat16
+    monkeypatch.setattr(llm_module, "find_device", find_device)
+    tokens = prompts(1, 30)[0]
+    exact, half = LLM(model, max_context=256).logits(tokens), llm.logits(tokens)
+    assert (half - exact).norm() < 4 * torch.finfo(torch.bfloat16).eps * exact.norm()
+
+
+def test_dtypes_of_a_device(monkeypatch, path):
+    world = World(plans=False).install(monkeypatch)
+    llm = on_device(monkeypatch, world, path, True, dtype=None, backend="reference")
+    assert llm.model.embed.dtype == torch.bfloat16  # a GGUF file does not say
+    with pytest.raises(ValueError, match="dtype: expected bfloat16 or float16, got 'float32'"):
+        on_device(monkeypatch, world, path, True, dtype="float32")
 
 
 REFUSED = {
