@@ -30,6 +30,11 @@ def strided(x, extra=5):
     return wide[..., : x.shape[-1]]
 
 
+def beside(x, options):
+    """The options of a call, tensors among them on the device of `x`."""
+    return {n: o.to(x.device) if isinstance(o, torch.Tensor) else o for n, o in options.items()}
+
+
 def dtype_name(dtype):
     return str(dtype).removeprefix("torch.")
 

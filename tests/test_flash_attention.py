@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, HEADS, dtype_name, rand, strided
+from cases import CUDA, DTYPES, HEADS, beside, dtype_name, rand, strided
 from compare import EPS, assert_close, poisoned
 
 from pyllm import _C
@@ -15,14 +15,14 @@ SIZES += [(2, 130, 130), (1, 2, 700), (1, 300, 600)]
 
 # What CUDA's kernel serves: halves, head dims that are multiples of 8.
 RUNS = [("cpu", dtype) for dtype in DTYPES]
-RUNS += [("emulator", torch.bfloat16), ("emulator", torch.float16)]
+RUNS += [(backend, dtype) for backend in CUDA for dtype in (torch.bfloat16, torch.float16)]
 runs = pytest.mark.parametrize(
     ("backend", "dtype"), RUNS, ids=[f"{backend}-{dtype_name(dtype)}" for backend, dtype in RUNS]
 )
 backends = pytest.mark.parametrize(
     ("backend", "dtype"),
-    [("cpu", torch.float32), ("emulator", torch.float16)],
-    ids=["cpu", "emulator"],
+    [("cpu", torch.float32), *((backend, torch.float16) for backend in CUDA)],
+    ids=["cpu", *CUDA],
 )
 
 
@@ -50,6 +50,7 @@ def formula(q, k, v, dtype, causal=False, window=None, bias=None, **options):
 
 
 def check(q, k, v, backend, **options):
+    options = beside(q, options)
     out = poisoned(q.shape, q.dtype)
     result, lse = flash_attention(q, k, v, **options, out=out, return_lse=True, backend=backend)
     assert result is out
@@ -70,7 +71,7 @@ def test_matches_reference(sizes, causal, backend, dtype):
 @pytest.mark.parametrize("heads", HEADS, ids=str)
 @runs
 def test_heads(heads, backend, dtype):
-    if backend == "emulator" and heads[2] % 8:
+    if backend in CUDA and heads[2] % 8:
         with pytest.raises(ValueError, match="q: expected a head dim that is a multiple of 8"):
             check(*inputs(2, 7, 9, heads, dtype), backend)
     else:

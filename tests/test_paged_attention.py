@@ -1,6 +1,6 @@
 import pytest
 import torch
-from cases import DTYPES, HEADS, RAGGED, PagedBatch, dtype_name, rand, relaid
+from cases import CUDA, DTYPES, HEADS, RAGGED, PagedBatch, beside, dtype_name, rand, relaid
 from compare import assert_close, poisoned
 
 from pyllm import _C
@@ -54,6 +54,7 @@ class Case:
         return torch.cat(parts)
 
     def check(self, backend="cpu", **options):
+        options = beside(self.q, options)
         out = poisoned(self.q.shape, self.q.dtype)
         assert self.run(**options, out=out, backend=backend) is out
         exact = self.formula(torch.float64, **options)
@@ -328,53 +329,57 @@ def test_a_head_dim_that_is_too_large():
         Case([(1, 3)], (1, 1, 257)).run()
 
 
-# --- CUDA's kernel, on the emulator: halves, head dims that are multiples of 8
+# --- CUDA's kernel, on the emulator and on a device: halves, head dims that are multiples of 8
 HALVES = [torch.bfloat16, torch.float16]
 DEVICE_HEADS = [heads for heads in HEADS if heads[2] % 8 == 0]
+on_cuda = pytest.mark.parametrize("backend", CUDA)
 
 
 @pytest.mark.parametrize("sequences", [*RAGGED, [(70, 1000)]], ids=str)
 @pytest.mark.parametrize("heads", DEVICE_HEADS, ids=str)
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
-def test_device_matches_reference(sequences, heads, dtype):
-    Case(sequences, heads, dtype).check(backend="emulator")
+@on_cuda
+def test_device_matches_reference(sequences, heads, dtype, backend):
+    Case(sequences, heads, dtype).check(backend=backend)
 
 
 @pytest.mark.parametrize("options", OPTIONS.values(), ids=OPTIONS)
 @pytest.mark.parametrize("page_size", [1, 5, 64])
-def test_device_options(options, page_size):
+@on_cuda
+def test_device_options(options, page_size, backend):
     for sequences in RAGGED[2:]:
-        Case(sequences, dtype=torch.float16, page_size=page_size).check(
-            backend="emulator", **options
-        )
+        Case(sequences, dtype=torch.float16, page_size=page_size).check(backend=backend, **options)
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.int8, torch.float8_e4m3fn], ids=dtype_name)
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
 @pytest.mark.parametrize("heads", [(9, 3, 64), (4, 2, 128), (2, 1, 256), (2, 2, 80)], ids=str)
-def test_device_reads_caches_of_bytes(cache_dtype, dtype, heads):
+@on_cuda
+def test_device_reads_caches_of_bytes(cache_dtype, dtype, heads, backend):
     for sequences in [RAGGED[3], RAGGED[4], [(40, 600)]]:
         case = Case(sequences, heads, dtype, cache_dtype)
         scales = {"k_scale": torch.tensor([0.02, 0.05, 0.01]), "v_scale": torch.tensor([0.1, 3, 1])}
-        case.check(backend="emulator", **{name: s[: heads[1]] for name, s in scales.items()})
+        case.check(backend=backend, **{name: s[: heads[1]] for name, s in scales.items()})
         # A cache of halves that holds the same numbers gives the same bits.
-        expected = case.run(backend="emulator")
+        expected = case.run(backend=backend)
         case.caches = [cache.to(dtype) for cache in case.caches]
-        assert torch.equal(case.run(backend="emulator"), expected)
+        assert torch.equal(case.run(backend=backend), expected)
 
 
 @pytest.mark.parametrize("heads", [(9, 3, 64), (8, 1, 128), (2, 1, 256)], ids=str)
-def test_device_gives_the_same_bits_however_a_prompt_is_cut(heads):
+@on_cuda
+def test_device_gives_the_same_bits_however_a_prompt_is_cut(heads, backend):
     case = Case([(70, 1000)], heads, torch.float16)
-    whole = case.run(backend="emulator")
+    whole = case.run(backend=backend)
     for pieces in ([1] * 10 + [60], [7] * 10, [40, 30]):
-        assert torch.equal(cut(case, pieces, backend="emulator"), whole), pieces
+        assert torch.equal(cut(case, pieces, backend=backend), whole), pieces
 
 
-def test_device_gives_the_same_bits_alone_and_in_a_batch():
+@on_cuda
+def test_device_gives_the_same_bits_alone_and_in_a_batch(backend):
     sequences = [(1, 700), (130, 300), (0, 9), (5, 40), (1, 3)]
     case = Case(sequences, dtype=torch.bfloat16)
-    whole = case.run(backend="emulator")
+    whole = case.run(backend=backend)
     for b in range(len(sequences)):
         part = slice(*case.batch.cu_seqlens_q[b : b + 2].tolist())
         alone = {
@@ -382,7 +387,7 @@ def test_device_gives_the_same_bits_alone_and_in_a_batch():
             "page_table": case.batch.page_table[b : b + 1],
             "context_lens": case.batch.context_lens[b : b + 1],
         }
-        assert torch.equal(case.run(case.q[part], backend="emulator", **alone), whole[part])
+        assert torch.equal(case.run(case.q[part], backend=backend, **alone), whole[part])
 
 
 @pytest.mark.parametrize("cache_dtype", [torch.float16, torch.float8_e4m3fn], ids=dtype_name)

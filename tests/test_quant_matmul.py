@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import DTYPES, dtype_name, rand, strided
+from cases import CUDA, DTYPES, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm import _C
@@ -272,11 +272,12 @@ def check_device(x, weight, bias=None, backend="emulator", **arguments):
 @pytest.mark.parametrize("bits", [4, 8])
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
-def test_device_matches_reference(shape, bits, group_size, symmetric, dtype):
+@pytest.mark.parametrize("backend", CUDA)
+def test_device_matches_reference(shape, bits, group_size, symmetric, dtype, backend):
     t, n, k = shape
-    weight = quantized(n, k, bits, group_size, symmetric)
-    y = check_device(rand(t, k, dtype=dtype), weight, out=poisoned((t, n), dtype))
-    assert weight.forms["emulator"].shape == (n, k)
+    weight = quantized(n, k, bits, group_size, symmetric).to(torch.get_default_device())
+    y = check_device(rand(t, k, dtype=dtype), weight, out=poisoned((t, n), dtype), backend=backend)
+    assert weight.forms[backend].shape == (n, k)
     assert y.dtype == dtype
 
 
@@ -284,14 +285,16 @@ def test_device_matches_reference(shape, bits, group_size, symmetric, dtype):
     ("bits", "group_size", "symmetric"),
     [*FORMATS, (4, 64, False), (4, 128, False), (8, 128, True)],
 )
-def test_device_row_does_not_depend_on_the_others(bits, group_size, symmetric):
+@pytest.mark.parametrize("backend", CUDA)
+def test_device_row_does_not_depend_on_the_others(bits, group_size, symmetric, backend):
     """On either side of every change of tile size, with tiles that blocks share."""
     dtype = torch.float16 if symmetric else torch.bfloat16
     k = 640 if group_size == 128 else 576
     weight, x = quantized(200, k, bits, group_size, symmetric), rand(130, k, dtype=dtype)
-    whole = check_device(x, weight)
+    weight = weight.to(x.device)
+    whole = check_device(x, weight, backend=backend)
     for rows in ([0], range(8), range(9), range(5, 22), range(17, 50), range(2, 67), [129]):
-        part = quant_matmul(x[list(rows)], weight, backend="emulator")
+        part = quant_matmul(x[list(rows)], weight, backend=backend)
         assert torch.equal(part, whole[list(rows)])
 
 
