@@ -14,8 +14,8 @@ from pathlib import Path
 from . import cubin, nvcc
 
 TABLE = Path(__file__).with_name("machine_code.json")
-# Where rows come from: modules with missing(), compiler(), groups(), and rows(group, folder), which
-# is {kernel: row of numbers}. Groups are named SOURCE/OP/TARGET.
+# Where rows come from: modules with missing(), compiler(), groups(), fingerprint() of the sources,
+# and rows(group, folder), which is {kernel: row of numbers}. Groups are named SOURCE/OP/TARGET.
 SOURCES = {"cuda": nvcc}
 # Numbers that may not grow, and those that may not shrink.
 COSTS, LIMITS = ("spilled", "stack", "local"), ("blocks",)
@@ -34,7 +34,8 @@ def groups() -> list[str]:
 
 
 def measure(folder, groups) -> dict:
-    """``{"compilers": {source: version}, "kernels": {group: {kernel: row}}}``.
+    """``{"compilers": {source: version}, "sources": {source: fingerprint}, "kernels": {group:
+    {kernel: row}}}``.
 
     Args:
         folder: where the compiled kernels go, and stay while their sources do not change.
@@ -49,22 +50,30 @@ def measure(folder, groups) -> dict:
 
     with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as pool:
         kernels = dict(zip(groups, pool.map(rows, groups), strict=True))
-    compilers = {group.split("/")[0] for group in groups}
-    return {"compilers": {s: SOURCES[s].compiler() for s in compilers}, "kernels": kernels}
+    used = {group.split("/")[0] for group in groups}
+    return {
+        "compilers": {s: SOURCES[s].compiler() for s in used},
+        "sources": {s: SOURCES[s].fingerprint() for s in used},
+        "kernels": kernels,
+    }
 
 
 def write(data) -> Path:
     """Commits the numbers as what the test holds the kernels to: a line a kernel. What `data` has
     no sources of stays."""
-    old = json.loads(TABLE.read_text()) if TABLE.exists() else {"compilers": {}, "kernels": {}}
+    old = json.loads(TABLE.read_text()) if TABLE.exists() else {}
+    old = {"compilers": {}, "sources": {}, "kernels": {}} | old
     kept = {g: k for g, k in old["kernels"].items() if g.split("/")[0] not in data["compilers"]}
     parts = []
     for group, kernels in sorted((kept | data["kernels"]).items()):
         lines = ",\n".join(f"   {json.dumps(n)}: {json.dumps(k)}" for n, k in kernels.items())
         parts.append(f"  {json.dumps(group)}: {{\n{lines}\n  }}")
-    compilers = json.dumps(dict(sorted((old["compilers"] | data["compilers"]).items())))
     body = ",\n".join(parts)
-    TABLE.write_text(f'{{\n "compilers": {compilers},\n "kernels": {{\n{body}\n }}\n}}\n')
+    head = "".join(
+        f' "{name}": {json.dumps(dict(sorted((old[name] | data[name]).items())))},\n'
+        for name in ("compilers", "sources")
+    )
+    TABLE.write_text(f'{{\n{head} "kernels": {{\n{body}\n }}\n}}\n')
     return TABLE
 
 

@@ -1,5 +1,6 @@
 """The rows of the machine-code table that are ``csrc/cuda/*.cu``: groups ``cuda/FILE/sm_ARCH``."""
 
+import hashlib
 import re
 import shutil
 import subprocess
@@ -34,6 +35,18 @@ def groups() -> list[str]:
     """``cuda/rms_norm/sm_80`` and so on."""
     sources = sorted(source.stem for source in SOURCES.glob("*.cu"))
     return [f"cuda/{source}/sm_{arch}" for source in sources for arch in ARCHS]
+
+
+def files() -> list[Path]:
+    """All sources that a kernel may be made from."""
+    inside = (SOURCES, ROOT / "csrc/core")
+    return sorted(f for d in inside for f in d.iterdir() if f.suffix in (".cu", ".cuh", ".h"))
+
+
+def fingerprint() -> str:
+    """Of the sources without comments and layout."""
+    text = "\n".join(re.sub(r"//.*", "", file.read_text()) for file in files())
+    return hashlib.sha256(" ".join(text.split()).encode()).hexdigest()[:16]
 
 
 def rows(group: str, folder: Path) -> dict[str, dict]:

@@ -1,5 +1,6 @@
 import os
 import sys
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -15,8 +16,17 @@ ON_DEVICE = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", 
 sys.path.insert(0, str(Path(__file__).parent))
 
 
+# Markers of tests that run only with an option of the same name.
+RARE = {"slow": "some", "long": "many"}
+# Triton's interpreter takes seconds for what others do at once: of each test's cases on it every
+# fourth runs, all of them with --long or on a GPU.
+EVERY = 4
+
+
 def pytest_addoption(parser):
-    parser.addoption("--slow", action="store_true", help="also run the tests that take minutes")
+    for name, minutes in RARE.items():
+        help = f"also run the tests that take {minutes} minutes"
+        parser.addoption(f"--{name}", action="store_true", help=help)
     help = "add to this file which ops passed their tests on this GPU, at this commit"
     parser.addoption("--record-gpu", metavar="FILE", type=Path, help=help)
 
@@ -30,10 +40,18 @@ def pytest_collection_modifyitems(config, items):
     for item in items:
         if backend_of(item) in ON_DEVICE:
             item.add_marker(pytest.mark.gpu)
-    if not config.getoption("--slow"):
+    if "triton" not in ON_DEVICE:
+        count = Counter()
         for item in items:
-            if item.get_closest_marker("slow"):
-                item.add_marker(pytest.mark.skip(reason="takes minutes; run with --slow"))
+            if backend_of(item) == "triton":
+                if count[item.originalname] % EVERY:
+                    item.add_marker(pytest.mark.long)
+                count[item.originalname] += 1
+    for name, minutes in RARE.items():
+        skip = pytest.mark.skip(reason=f"takes {minutes} minutes; run with --{name}")
+        for item in items:
+            if item.get_closest_marker(name) and not config.getoption(f"--{name}"):
+                item.add_marker(skip)
 
 
 # By file, then by op, with "triton" before it if it was that: how many tests on a device passed and

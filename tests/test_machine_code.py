@@ -5,7 +5,7 @@ import struct
 
 import pytest
 
-from pyllm.bench import cubin, machine_code
+from pyllm.bench import cubin, machine_code, nvcc
 
 COMMITTED = json.loads(machine_code.TABLE.read_text())
 KERNELS = {
@@ -14,7 +14,8 @@ KERNELS = {
     for name, row in kernels.items()
 }
 GATHERS = "pack_fragments_kernel"  # bytes here and there, once in the life of a weight
-# Compiled by every test run; the others take minutes and are slow tests.
+# Compiled by every test run. Of the others it is enough that they were compiled from the sources
+# that are here, which `test_the_table_is_of_these_sources` says; the long tests compile them again.
 QUICK = ("cuda/flash_attention/sm_80", "cuda/flash_attention/sm_90a")
 
 
@@ -45,6 +46,26 @@ def test_every_group_is_in_the_table():
     if not found:
         pytest.skip("; ".join(map(str, map(machine_code.missing, machine_code.SOURCES))))
     assert sorted(listed) == sorted(found), "make machine-code"
+
+
+def test_the_table_is_of_these_sources():
+    """Whoever changes a kernel has to compile it: then the numbers above are its own."""
+    for source, module in machine_code.SOURCES.items():
+        found = COMMITTED["sources"][source]
+        assert found == module.fingerprint(), "kernels changed: make machine-code"
+
+
+def test_comments_and_layout_are_no_change(tmp_path, monkeypatch):
+    source = tmp_path / "a.cu"
+
+    def fingerprint(text):
+        source.write_text(text)
+        monkeypatch.setattr(nvcc, "files", lambda: [source])
+        return nvcc.fingerprint()
+
+    first = fingerprint("int x = 1;  // one\n")
+    assert fingerprint("// what it is for\nint x =\n    1;\n") == first
+    assert fingerprint("int x = 2;\n") != first
 
 
 def test_counting():
@@ -101,23 +122,23 @@ def test_what_got_worse_is_said():
 
 @pytest.fixture(scope="module")
 def compiled(tmp_path_factory):
-    """Groups by name. The first slow one compiles all slow ones, side by side."""
+    """Groups by name. The first long one compiles all long ones, side by side."""
     folder, found = tmp_path_factory.mktemp("machine_code"), {}
 
     def get(group):
         if group not in found:
-            together = [group] if group in QUICK else [g for g in SLOW if g in COMMITTED["kernels"]]
+            together = [group] if group in QUICK else [g for g in LONG if g in COMMITTED["kernels"]]
             found.update(machine_code.measure(folder, together)["kernels"])
         return found[group]
 
     return get
 
 
-SLOW = [g for g in COMMITTED["kernels"] if g not in QUICK]
+LONG = [g for g in COMMITTED["kernels"] if g not in QUICK]
 
 
 @pytest.mark.parametrize(
-    "group", [*QUICK, *(pytest.param(g, marks=pytest.mark.slow) for g in SLOW)]
+    "group", [*QUICK, *(pytest.param(g, marks=pytest.mark.long) for g in LONG)]
 )
 def test_compilers_make_what_was_committed(group, compiled):
     source = group.split("/")[0]

@@ -18,9 +18,12 @@ from pyllm.ops import device
 pytestmark = pytest.mark.skipif(
     importlib.util.find_spec("triton") is None, reason="Triton is not installed"
 )
-# The others take as long again, and are compiled where time does not matter.
-TARGETS = ["cuda:90", "hip:gfx942"]
-TARGETS += [pytest.param(target, marks=pytest.mark.slow) for target in ("cuda:80", "cuda:100")]
+# Each takes a minute.
+TARGETS = [
+    "cuda:90",
+    pytest.param("hip:gfx942", marks=pytest.mark.slow),
+    *(pytest.param(target, marks=pytest.mark.long) for target in ("cuda:80", "cuda:100")),
+]
 # The KB of shared memory that a block may have.
 SHARED = {"cuda:80": 163, "cuda:90": 227, "cuda:100": 227, "hip:gfx942": 64}
 
