@@ -83,6 +83,27 @@ def list_():
     console.print(t)
 
 
+@app.command(name="limits")
+def limits_(
+    device: Annotated[str | None, typer.Option(help="cpu or cuda; default: cuda if any.")] = None,
+    threads: Threads = None, out: Out = None,
+):  # fmt: skip
+    """What this machine can do at most: bandwidth of reading, and arithmetic by type."""
+    import torch
+
+    from . import limits, record
+
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    threads = _threads(threads)
+    where = record.environment(threads)
+    found = limits.measure(threads) if device == "cpu" else limits.measure_cuda()
+    print(f"{device}, {threads} threads")
+    for name, value in found.items():
+        print(f"{name:>16} {value:10.1f}")
+    if out:
+        record.write(out, {"limits": found}, where)
+
+
 @app.command(name="kernels")
 def kernels_(
     op: Annotated[list[str] | None, typer.Option(help="Only this; repeatable.")] = None,

@@ -1,4 +1,4 @@
-"""What this machine can do at most: ``python -m bench.limits``.
+"""What this machine can do at most: ``pyllm bench limits``.
 
 Measured by our own kernels with all of the pool's threads, so that a share of a limit is never a
 share of a data sheet. Bandwidth is of reading memory that is larger than the caches; arithmetic is
@@ -73,9 +73,3 @@ def _seconds(function, *arguments):
     begin = time.perf_counter()
     result = function(*arguments)
     return time.perf_counter() - begin, result
-
-
-if __name__ == "__main__":
-    print(f"{_C.isa()}, {_C.num_threads()} threads")
-    for name, value in measure().items():
-        print(f"{name:>16} {value:8.1f}")

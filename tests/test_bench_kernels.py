@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bench import bench
 
-from pyllm.bench import baselines, case, kernels, record, shapes, timing
+from pyllm.bench import baselines, case, kernels, limits, record, shapes, timing
 
 TINY = {"tiny": shapes.SHAPES["tiny"]}
 
@@ -228,3 +228,12 @@ def test_cells_are_readable():
     assert kernels._us(1.2345e-5) == "12.3"
     assert kernels._us(0.25) == "250000"
     assert math.isclose(timing._drift([1, 1, 2, 2]), 2.0)
+
+
+def test_limits(tmp_path):
+    out = tmp_path / "limits.json"
+    shown = bench("limits", "--threads", 1, "--out", out)
+    found = json.loads(out.read_text())["limits"]
+    assert set(found) == {"read_gb_per_s", *limits.ARITHMETIC.values()}
+    assert found["read_gb_per_s"] > 0
+    assert all(name in shown for name in found)
