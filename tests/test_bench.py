@@ -300,7 +300,7 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
     monkeypatch.setattr(record, "commit", lambda: "abc-dirty")
     suite.run(tmp_path, ["a"], resume=True, **options)
     assert runs == ["a", "c", "a"]
-    with pytest.raises(ValueError, match=r"part: expected profile, .*, got nothing"):
+    with pytest.raises(ValueError, match=r"part: expected kernels, profile, .*, got nothing"):
         suite.run(tmp_path, ["a"], only=["nothing"], **options)
 
 
