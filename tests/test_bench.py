@@ -288,6 +288,8 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
         runs.append(path)
         return {}
 
+    timed = []
+    monkeypatch.setattr(suite.kernels, "measure", lambda **kw: timed.append(kw) or {"rows": []})
     monkeypatch.setattr(suite, "PARTS", [("startup", "", measure, {}, suite.is_small, 0)])
     monkeypatch.setattr(models, "path_of", lambda name: name)
     monkeypatch.setattr(record, "commit", lambda: "abc")
@@ -297,6 +299,8 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
     assert (tmp_path / "startup-a.json").exists()
     suite.run(tmp_path, ["a", "c"], resume=True, **options)
     assert runs == ["a", "c"]
+    assert len(timed) == 1  # the kernels were done the first time
+    assert (tmp_path / "kernels.json").exists()
     monkeypatch.setattr(record, "commit", lambda: "abc-dirty")
     suite.run(tmp_path, ["a"], resume=True, **options)
     assert runs == ["a", "c", "a"]
