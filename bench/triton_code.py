@@ -53,6 +53,11 @@ def _activation(name, rows=32, width=14336, dtype=torch.bfloat16, gated=True, **
     getattr(ops, name)(*inputs, backend="triton", **options)
 
 
+def _activation_backward(kind, gated=True):
+    inputs = [torch.empty(32, 14336, dtype=torch.bfloat16) for _ in range(2 + gated)]
+    ops.activation_backward(kind, *inputs, backend="triton")
+
+
 def _rope_cache(dtype=torch.bfloat16, cache=torch.float16, heads=(32, 8), rotary=128, **options):
     q, kv = (torch.empty(16, h, 128, dtype=dtype) for h in heads)
     caches = (torch.empty(9, 16, heads[1], 128, dtype=cache) for _ in range(2))
@@ -152,6 +157,11 @@ CASES = {
             "gelu", dtype=torch.float32, gated=False, approximate="tanh"
         ),
         "bf16 relu 100": lambda: _activation("relu", width=100, gated=False),
+    },
+    "activation_backward": {
+        "bf16 silu_mul": lambda: _activation_backward("silu"),
+        "bf16 gelu_mul": lambda: _activation_backward("gelu"),
+        "bf16 gelu tanh": lambda: _activation_backward("gelu_tanh", gated=False),
     },
     "embedding": {
         "bf16": lambda: _embedding(torch.empty(99, 4096, dtype=torch.bfloat16)),

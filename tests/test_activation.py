@@ -4,7 +4,7 @@ import torch.nn.functional as F
 from cases import DTYPES, ROWS, dtype_name, rand, strided
 from compare import EPS, assert_close, poisoned
 
-from pyllm.ops import gelu, gelu_mul, quantize_activation, relu, silu_mul
+from pyllm.ops import activation_backward, gelu, gelu_mul, quantize_activation, relu, silu_mul
 from pyllm.ops.registry import use
 
 BACKENDS = ["cpu", "triton"]
@@ -135,3 +135,63 @@ def test_quantized_output_is_what_quantizing_the_output_gives(op, group_size):
     q = op(gate, up, quantize=group_size)
     expected = quantize_activation(op(gate, up), group_size)
     assert all(torch.equal(a, b) for a, b in zip(q.parts(), expected.parts(), strict=True))
+
+
+KINDS = {"relu": F.relu, "silu": F.silu, "gelu": F.gelu, "gelu_tanh": UNARY["gelu_tanh"][1]}
+
+
+def gradients(kind, dy, gate, up):
+    """PyTorch's own, in the dtype of its arguments."""
+    inputs = [x.detach().requires_grad_() for x in (gate, up) if x is not None]
+    y = KINDS[kind](inputs[0])
+    return torch.autograd.grad(y if up is None else y * inputs[1], inputs, dy)
+
+
+@pytest.mark.parametrize("shape", [(1, 1), (0, 64), (64,), (33, 17), (2, 3, 1100)], ids=str)
+@pytest.mark.parametrize("dtype", DTYPES, ids=dtype_name)
+@pytest.mark.parametrize("gated", [False, True])
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients(kind, gated, dtype, shape, backend):
+    inputs = [strided(rand(*shape, dtype=dtype, scale=3, seed=i)) for i in range(3)]
+    inputs = inputs if gated else [*inputs[:2], None]
+    up = inputs[2]
+    found = activation_backward(kind, *inputs, backend=backend)
+    assert gated or found[1] is None
+    exact = gradients(kind, *(x if x is None else x.double() for x in inputs))
+    # Near its zeros the derivative is a difference of terms of size 1, in float32.
+    terms = inputs[0] if up is None else inputs[0] * up
+    cancelled = EPS[torch.float32] * terms.abs().max() if terms.numel() else 0
+    for grad, wide, same in zip(found, exact, gradients(kind, *inputs), strict=False):
+        largest = wide.abs().max() if wide.numel() else 0
+        assert_close(grad, wide, same, floor=max(EPS[dtype] * largest, cancelled))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("backend", ["reference", "triton"])
+def test_gradients_of_extreme_values(kind, backend):
+    huge, inf = torch.finfo(torch.float32).max, float("inf")
+    x = torch.tensor([float("nan"), inf, huge, 1e15, 90.0, -90.0, -1e15, -huge, -inf, 0.0])
+    limits = [float("nan"), 1, 1, 1, 1, 0, 0, 0, 0, 0 if kind == "relu" else 0.5]
+    if kind == "relu":  # PyTorch has it so
+        limits[0] = 1
+    dx, _ = activation_backward(kind, torch.ones_like(x), x, backend=backend)
+    torch.testing.assert_close(dx, torch.tensor(limits).to(dx), rtol=0, atol=1e-30, equal_nan=True)
+
+
+@pytest.mark.parametrize("backend", ["triton"])
+def test_gradients_of_a_row_do_not_depend_on_the_others(backend):
+    dy, gate, up = (rand(9, 300, seed=i) for i in range(3))
+    whole = activation_backward("silu", dy, gate, up, backend=backend)
+    alone = activation_backward("silu", dy[4:5], gate[4:5], up[4:5], backend=backend)
+    assert all(torch.equal(a[0], w[4]) for a, w in zip(alone, whole, strict=True))
+
+
+def test_gradients_with_bad_arguments():
+    x = torch.ones(2, 8)
+    with pytest.raises(ValueError, match=r"kind: expected one of relu, silu, .*, got 'swish'"):
+        activation_backward("swish", x, x)
+    with pytest.raises(ValueError, match="gate: expected float32"):
+        activation_backward("silu", x, x.half(), backend="triton")
+    with pytest.raises(ValueError, match=r"up: expected .*\(D is 8\)"):
+        activation_backward("silu", x, x, torch.ones(2, 7), backend="triton")

@@ -1,6 +1,6 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
-from pyllm.ops.activation import gelu, gelu_mul, relu, silu_mul
+from pyllm.ops.activation import activation_backward, gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.embedding import embedding
 from pyllm.ops.flash_attention import flash_attention, flash_attention_backward
 from pyllm.ops.layer_norm import layer_norm, layer_norm_backward
@@ -12,6 +12,7 @@ from pyllm.ops.rope_cache import rope_cache
 from pyllm.ops.sample import sample
 
 __all__ = [
+    "activation_backward",
     "embedding",
     "flash_attention",
     "flash_attention_backward",
