@@ -15,10 +15,13 @@ _LAZY = {
     "_C": "pyllm._C",
     "LLM": "pyllm.runtime.llm",
     "QuantTensor": "pyllm.quant",
+    "nn": "pyllm.nn",
     "ops": "pyllm.ops",
+    "patch": "pyllm.nn.patching",
+    "unpatch": "pyllm.nn.patching",
 }
 
-__all__ = ["LLM", "QuantTensor", "__version__", "ops"]
+__all__ = ["LLM", "QuantTensor", "__version__", "nn", "ops", "patch", "unpatch"]
 
 
 def __getattr__(name):

@@ -1,7 +1,25 @@
-"""Modules made of pyllm's ops."""
+"""Modules made of pyllm's ops, and `patch`, which puts them into other people's models."""
+
+import importlib
 
 from pyllm.nn.linear import Embedding, FusedLinear
-from pyllm.nn.norm import RMSNorm
+from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.rotary import rotary_table
 
-__all__ = ["Embedding", "FusedLinear", "RMSNorm", "rotary_table"]
+# What the engine does not need is imported on first use.
+_LAZY = {
+    "PatchReport": "pyllm.nn.report",
+    "QuantLinear": "pyllm.nn.quant_linear",
+    "patch": "pyllm.nn.patching",
+    "unpatch": "pyllm.nn.patching",
+}
+
+__all__ = ["Embedding", "FusedLinear", "LayerNorm", "RMSNorm", "rotary_table", *_LAZY]
+
+
+def __getattr__(name):
+    if name not in _LAZY:
+        raise AttributeError(f"module 'pyllm.nn' has no attribute {name!r}")
+    value = getattr(importlib.import_module(_LAZY[name]), name)
+    globals()[name] = value
+    return value

@@ -1,0 +1,143 @@
+"""What `pyllm.patch` replaces by what: the tables.
+
+Classes of transformers are known by their names and checked by their attributes; nothing here
+imports transformers.
+"""
+
+from torch import nn
+
+from pyllm.nn.activation import Activation, gated, kind_of
+from pyllm.nn.norm import LayerNorm, RMSNorm
+from pyllm.nn.swap import Swapped, Unfit, original_class
+from pyllm.ops import rms_norm
+
+
+class HuggingFaceRMSNorm(Swapped):
+    """Of Llama and most others: ``weight * normalized``, with `eps` under one of two names."""
+
+    @classmethod
+    def settings(cls, module):
+        return {"pyllm_eps": _eps(module)}
+
+    def forward(self, x, residual=None, quantize=None):
+        return rms_norm(
+            x, self.weight, self.pyllm_eps, residual=residual, quantize=quantize,
+            backend=self.backend,
+        )  # fmt: skip
+
+
+class GemmaRMSNorm(HuggingFaceRMSNorm):
+    """Of Gemma: ``(1 + weight) * normalized``."""
+
+    def forward(self, x, residual=None, quantize=None):
+        return rms_norm(
+            x, self.weight.float() + 1, self.pyllm_eps, residual=residual, quantize=quantize,
+            backend=self.backend,
+        )  # fmt: skip
+
+
+def _eps(module):
+    for name in ("variance_epsilon", "eps"):
+        if hasattr(module, name):
+            return getattr(module, name)
+    raise Unfit("expected an attribute variance_epsilon or eps")
+
+
+class GatedMLP(Swapped):
+    """``down(activation(gate(x)) * up(x))``."""
+
+    @classmethod
+    def settings(cls, module):
+        return {"pyllm_kind": _gated_kind(module, "act_fn", "gate_proj", "up_proj", "down_proj")}
+
+    def forward(self, x):
+        y = gated(self.pyllm_kind, self.gate_proj(x), self.up_proj(x), backend=self.backend)
+        return self.down_proj(y)
+
+
+class FusedGatedMLP(Swapped):
+    """The same with gate and up in one matrix, gate first (Phi-3)."""
+
+    @classmethod
+    def settings(cls, module):
+        kind = _gated_kind(module, "activation_fn", "gate_up_proj", "down_proj")
+        return {"pyllm_kind": kind}
+
+    def forward(self, x):
+        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
+        return self.down_proj(gated(self.pyllm_kind, gate, up, backend=self.backend))
+
+
+def _gated_kind(module, activation, *projections):
+    for name in projections:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise Unfit(f"expected a module {name}")
+    kind = kind_of(getattr(module, activation, None))
+    if kind not in ("silu", "gelu", "tanh"):
+        raise Unfit("its activation is none of silu, gelu and tanh")
+    return kind
+
+
+# Of torch: only the class itself, not subclasses, which may compute something else.
+# class -> (part, the class that it is swapped to)
+TORCH = {
+    nn.LayerNorm: ("norms", LayerNorm),
+    nn.RMSNorm: ("norms", RMSNorm),
+    nn.GELU: ("mlp", Activation),
+    nn.ReLU: ("mlp", Activation),
+}
+
+# Of transformers: name of the class -> (part, the class that is put before it)
+HUGGING_FACE = {
+    **dict.fromkeys(
+        ["LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"],
+        ("norms", HuggingFaceRMSNorm),
+    ),
+    **dict.fromkeys(["Gemma2RMSNorm", "Gemma3RMSNorm"], ("norms", GemmaRMSNorm)),
+    **dict.fromkeys(
+        ["LlamaMLP", "MistralMLP", "Qwen2MLP", "Qwen3MLP", "Gemma2MLP", "Gemma3MLP"],
+        ("mlp", GatedMLP),
+    ),
+    "Phi3MLP": ("mlp", FusedGatedMLP),
+    **dict.fromkeys(
+        ["GELUActivation", "GELUTanh", "NewGELUActivation", "FastGELUActivation"],
+        ("mlp", Activation),
+    ),
+}
+
+# Attention modules of transformers that reach attention through its interface, tested here.
+ATTENTION = {
+    "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Gemma2Attention",
+    "Gemma3Attention", "Phi3Attention", "GPT2Attention", "GPTNeoXAttention", "OPTAttention",
+}  # fmt: skip
+
+
+def is_linear(module) -> bool:
+    """Whether it is a linear layer and nothing more, of torch or of GPT-2 in transformers."""
+    cls = type(module)
+    return cls is nn.Linear or (cls.__name__, cls.__module__) == ("Conv1D", _CONV1D)
+
+
+_CONV1D = "transformers.pytorch_utils"
+
+
+def is_attention(module) -> bool:
+    """Whether it is an attention module of transformers that has a configuration."""
+    cls = original_class(module)
+    return (
+        cls.__module__.startswith("transformers.models.")
+        and "Attention" in cls.__name__
+        and hasattr(module.__dict__.get("config"), "_attn_implementation")
+    )
+
+
+def is_tested_attention(module) -> bool:
+    return original_class(module).__name__ in ATTENTION
+
+
+def swap_for(module):
+    """``(part, class)``: what takes a module's place, or None."""
+    cls = original_class(module)
+    if cls.__module__.startswith("transformers."):
+        return HUGGING_FACE.get(cls.__name__)
+    return TORCH.get(cls)

@@ -1,0 +1,186 @@
+"""Attention for Hugging Face transformers.
+
+Importing this module registers it, so that models take it by its name::
+
+    import pyllm.nn.huggingface
+    model = AutoModelForCausalLM.from_pretrained(name, attn_implementation="pyllm")
+
+`pyllm.patch` does the same for one model that is loaded already.
+"""
+
+import copy
+import sys
+import warnings
+
+import torch
+from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
+from transformers.masking_utils import sdpa_mask
+from transformers.utils.output_capturing import _active_collector
+
+from pyllm.nn.swap import original_class
+from pyllm.ops import flash_attention
+
+NAME = "pyllm"
+MAX_HEAD_SIZE = 256
+NOTES = (
+    "attention weights (output_attentions) are computed by transformers, with a warning",
+    "attention dropout in training is computed by transformers, with a warning",
+)
+
+
+def attention(
+    module,
+    query,
+    key,
+    value,
+    attention_mask,
+    dropout=0.0,
+    scaling=None,
+    is_causal=None,
+    sliding_window=None,
+    softcap=None,
+    s_aux=None,
+    position_bias=None,
+    **kwargs,
+):
+    """What transformers calls for ``attn_implementation="pyllm"``.
+
+    Args:
+        query: ``[B, H, Sq, D]``.
+        key, value: ``[B, Hkv, Sk, D]``.
+        attention_mask: ``[B, 1|H, Sq, Sk]``, bool (True: seen) or added to the logits. None: a
+            single query sees all keys, others in a causal module those up to their own index.
+        position_bias: added to the logits.
+        s_aux: ``[H]``, sinks.
+
+    Returns:
+        ``([B, Sq, H, D], None)``; with attention weights instead of None where these are wanted.
+    """
+    if kwargs.get("cache") is not None:
+        raise ValueError('attn_implementation="pyllm" does not serve paged caches of transformers')
+    causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
+    queries, keys = query.shape[2], key.shape[2]
+    causal = bool(attention_mask is None and causal and queries > 1)
+    if causal and keys > queries:
+        # The first tokens in a static cache: what lies behind them was not written yet.
+        key, value = key[:, :, :queries], value[:, :, :queries]
+        position_bias = None if position_bias is None else position_bias[..., :queries]
+    bias = attention_mask
+    if bias is not None and bias.dtype == torch.bool:
+        bias = _as_bias(bias, query.dtype)
+    if position_bias is not None:
+        bias = position_bias if bias is None else position_bias + bias
+    window = sliding_window if causal else None
+    if dropout or _wants_weights(kwargs):
+        return _transformers(
+            module, query, key, value, bias, causal, window, dropout, scaling, softcap, s_aux,
+            kwargs,
+        )  # fmt: skip
+    y = flash_attention(
+        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=causal,
+        scale=scaling, window=window, softcap=softcap, bias=bias,
+        sinks=None if s_aux is None else s_aux.float(), backend=getattr(module, "backend", None),
+    )  # fmt: skip
+    return y, None
+
+
+def mask(
+    batch_size,
+    q_length,
+    kv_length,
+    q_offset=0,
+    kv_offset=0,
+    attention_mask=None,
+    local_size=None,
+    allow_is_causal_skip=True,
+    dtype=torch.float32,
+    **kwargs,
+):
+    """The mask that transformers makes for `attention`: float, 0 or -inf, or None.
+
+    None means causal, and within the sliding window of the module where there is one.
+    """
+    if (
+        allow_is_causal_skip
+        and local_size is not None
+        and not torch.compiler.is_compiling()
+        and q_length == kv_length
+        and isinstance(q_offset, int)
+        and q_offset == kv_offset
+        and (attention_mask is None or (attention_mask.ndim == 2 and attention_mask.all()))
+    ):
+        return None
+    seen = sdpa_mask(
+        batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
+        kv_offset=kv_offset, attention_mask=attention_mask, local_size=local_size,
+        allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+    )  # fmt: skip
+    return None if seen is None else _as_bias(seen, dtype)
+
+
+def _as_bias(seen, dtype):
+    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
+        ~seen, float("-inf")
+    )
+
+
+def _wants_weights(kwargs):
+    if kwargs.get("output_attentions"):
+        return True
+    # Some models take the argument away before it comes here.
+    collector = None if torch.compiler.is_compiling() else _active_collector.get()
+    return collector is not None and any("attentions" in key for key in collector)
+
+
+def _transformers(
+    module, query, key, value, bias, causal, window, dropout, scaling, softcap, s_aux, kwargs
+):
+    """The same by transformers: what pyllm's kernel does not do."""
+    what = "dropout" if dropout else "attention weights"
+    if not torch.compiler.is_compiling():
+        warnings.warn(f"pyllm: attention with {what} is computed by transformers", stacklevel=3)
+    if causal:
+        # What None meant, now that it has to be a tensor.
+        row, column = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
+        distance = row[:, None] - column
+        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+        hidden = _as_bias(seen, query.dtype)
+        bias = hidden if bias is None else bias + hidden
+    if bias is not None:
+        # A query that sees nothing is to give a number.
+        bias = bias.clamp(min=torch.finfo(query.dtype).min)
+    if softcap is not None:
+        kwargs["softcap"] = softcap
+    if s_aux is not None:
+        kwargs["s_aux"] = s_aux
+    eager = sys.modules[original_class(module).__module__].eager_attention_forward
+    return eager(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)
+
+
+def config_changes(model, chosen):
+    """``[(module, "config", its configuration with our attention)]``.
+
+    Modules that share a configuration share its copy. The configurations themselves stay as they
+    are: other models may have them.
+
+    Args:
+        chosen: configurations by their id.
+    """
+
+    def concerned(config):
+        parts = (getattr(config, name, None) for name in config.sub_configs)
+        return id(config) in chosen or any(id(part) in chosen for part in parts)
+
+    memo, changes = {}, []
+    for module in model.modules():
+        config = module.__dict__.get("config")
+        if isinstance(config, PreTrainedConfig) and concerned(config):
+            # With the memo, a part of another configuration is that part of its copy.
+            changes.append((module, "config", copy.deepcopy(config, memo)))
+    for original in chosen:
+        memo[original]._attn_implementation_internal = NAME
+    return changes
+
+
+AttentionInterface.register(NAME, attention)
+AttentionMaskInterface.register(NAME, mask)
