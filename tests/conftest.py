@@ -109,12 +109,22 @@ def on_the_device(request, monkeypatch):
         yield
 
 
-@pytest.fixture(scope="session")
-def smollm2():
-    """The path of the real default model, fetched into the user's cache on first use."""
+def _real_model(name):
     from pyllm.loading import LoadError, resolve
 
     try:
-        return resolve("smollm2-135m")
+        return resolve(name)
     except LoadError as error:
-        pytest.skip(f"the default model could not be fetched: {error}")
+        pytest.skip(f"{name} could not be fetched: {error}")
+
+
+@pytest.fixture(scope="session")
+def smollm2():
+    """The path of the real default model, fetched into the user's cache on first use."""
+    return _real_model("smollm2-135m")
+
+
+@pytest.fixture(scope="session")
+def minilm():
+    """The directory of a real encoder of sentences, fetched into the user's cache on first use."""
+    return _real_model("all-minilm-l6-v2")

