@@ -14,6 +14,7 @@ INSTRUCTIONS = {
     "hmma": r"HMMA\b",  # of tensor cores: halves, bytes, and those of a warp group
     "imma": r"IMMA\b",
     "gmma": r"[HIQ]GMMA\b",
+    "utcmma": r"UTC\w*MMA\b",  # tcgen05
     "ldg_128": r"LDG\b\S*\.128\b",
     "ldg_narrow": r"LDG\b(?!\S*\.128)",
     "stg_128": r"STG\b\S*\.128\b",
@@ -70,13 +71,13 @@ def read(cubin) -> dict[str, dict]:
     return kernels
 
 
-def blocks(registers, threads, shared) -> int:
+def blocks(registers, threads, shared, room=164 << 10) -> int:
     """How many blocks fit a multiprocessor of sm_80 or sm_90: 64 Ki registers, given to warps by
-    256; 64 warps; 32 blocks; 164 KiB of shared memory, the smaller of the two, of which each block
-    takes 1 KiB more than it asks for."""
+    256; 64 warps; 32 blocks; `room`, by default the smaller of the two, in shared memory, of which
+    each block takes 1 KiB more than it asks for."""
     warps = -(-threads // 32)
     by_registers = 65536 // (-(-registers * 32 // 256) * 256) // warps
-    return min(by_registers, 64 // warps, 32, (164 << 10) // (shared + 1024))
+    return min(by_registers, 64 // warps, 32, room // (shared + 1024))
 
 
 def count(code: str) -> dict[str, int]:

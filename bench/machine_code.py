@@ -11,16 +11,16 @@ import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from . import cubin, nvcc
+from . import cubin, nvcc, triton_rows
 
 TABLE = Path(__file__).with_name("machine_code.json")
 # Where rows come from: modules with missing(), compiler(), groups(), fingerprint() of the sources,
 # and rows(group, folder), which is {kernel: row of numbers}. Groups are named SOURCE/OP/TARGET.
-SOURCES = {"cuda": nvcc}
+SOURCES = {"cuda": nvcc, "triton": triton_rows}
 # Numbers that may not grow, and those that may not shrink.
 COSTS, LIMITS = ("spilled", "stack", "local"), ("blocks",)
 # Instructions that may not vanish.
-WANTED = ("hmma", "imma", "gmma", "ldg_128", "stg_128", "ldgsts", "bulk", "ldsm")
+WANTED = ("hmma", "imma", "gmma", "utcmma", "mfma", "ldg_128", "stg_128", "ldgsts", "bulk", "ldsm")
 
 
 def missing(source: str) -> str | None:

@@ -7,8 +7,6 @@ nothing runs, and what would have been launched is compiled for a target: ``cuda
 import argparse
 import json
 import re
-import subprocess
-from pathlib import Path
 
 import torch
 import triton
@@ -17,6 +15,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from pyllm import ops
+from pyllm.bench import cubin
 from pyllm.quant import QuantRows, QuantTensor, packing
 
 TARGETS = {
@@ -219,18 +218,21 @@ CASES = {
 }
 
 
-def compile_cases(target: GPUTarget, ops=tuple(CASES)) -> list[dict]:
-    """The kernels of every case: registers a thread, bytes spilled a thread, shared memory."""
-    rows = []
+def compile_cases(target: GPUTarget, ops=tuple(CASES)) -> dict[str, dict[str, dict]]:
+    """``{op: {"case: kernel": row}}``, rows as of `cubin.read`; ``spilled``, bytes a thread, where
+    the compiler says it. ``shared`` is all that a block has."""
+    found = {}
     for op in ops:
+        rows = found[op] = {}
         for case, run in CASES[op].items():
             with compile_only(target) as launches:
                 run()
             for launch in launches:
+                name = f"{case}: {launch.kernel.__name__}"
+                assert name not in rows, f"{op}: two launches of {name}"
                 compiled = _compile(launch, target)
-                row = {"op": op, "case": case, "kernel": launch.kernel.__name__}
-                rows.append({**row, **_resources(compiled, target)})
-    return rows
+                rows[name] = (_hip if target.backend == "hip" else _cuda)(compiled, target)
+    return found
 
 
 def _compile(launch, target):
@@ -252,26 +254,47 @@ def _compile(launch, target):
     return triton.compile(source, target=target, options=options)
 
 
-def _resources(compiled, target):
-    if target.backend == "hip":
-        assembly = compiled.asm["amdgcn"]
-
-        def number(name):
-            return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
-
-        # Scalar registers spill into lanes of vector registers, not into memory.
-        return {
-            "registers": number("vgpr_count"),
-            "spills": 4 * number("vgpr_spill_count"),
-            "shared": compiled.metadata.shared,
-        }
-    tool = Path(triton.__file__).parent / "backends/nvidia/bin/cuobjdump"
+def _cuda(compiled, target):
     (file,) = [p for name, p in compiled.metadata_group.items() if name.endswith(".cubin")]
-    command = [tool, "--dump-resource-usage", file]
-    text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    used = {name: int(n) for name, n in re.findall(r"(\w+):(\d+)", text)}
-    spilled = used["STACK"] + used["LOCAL"]
-    return {"registers": used["REG"], "spills": spilled, "shared": compiled.metadata.shared}
+    (row,) = cubin.read(file).values()
+    shared = compiled.metadata.shared
+    room = (164 if target.arch < 90 else 228) << 10
+    blocks = cubin.blocks(row["registers"], row["threads"], shared, room)
+    return row | {"shared": shared, "blocks": blocks}
+
+
+# What is counted of AMD's assembly, by the names of the table.
+HIP_INSTRUCTIONS = {
+    "mfma": r"v_mfma_",
+    "ldg_128": r"(?:global|buffer)_load_dwordx4",
+    "stg_128": r"(?:global|buffer)_store_dwordx4",
+    "local": r"scratch_(?:load|store)",
+}
+
+
+def _hip(compiled, target):
+    assembly = compiled.asm["amdgcn"]
+
+    def number(name):
+        return int(re.search(rf"\.{name}:\s*(\d+)", assembly)[1])
+
+    threads = compiled.metadata.num_warps * target.warp_size
+    registers, shared = number("vgpr_count"), compiled.metadata.shared
+    counts = {n: len(re.findall(rf"^\s+{p}", assembly, re.M)) for n, p in HIP_INSTRUCTIONS.items()}
+    return {
+        "registers": registers, "shared": shared, "threads": threads,
+        "blocks": hip_blocks(registers, threads, shared),
+        # Scalar registers spill into lanes of vector registers, not into memory.
+        "spilled": 4 * number("vgpr_spill_count"), "stack": number("private_segment_fixed_size"),
+        **{name: n for name, n in counts.items() if n},
+    }  # fmt: skip
+
+
+def hip_blocks(registers, threads, shared) -> int:
+    """How many blocks fit a compute unit of gfx942: 4 SIMDs of 8 waves with 512 registers a lane,
+    taken by 8; 64 KiB of shared memory."""
+    a_simd = min(8, 512 // (-(-registers // 8) * 8))
+    return min(4 * a_simd * 64 // threads, (64 << 10) // max(shared, 1))
 
 
 if __name__ == "__main__":
@@ -279,5 +302,4 @@ if __name__ == "__main__":
     parser.add_argument("target", choices=TARGETS)
     parser.add_argument("--op", choices=CASES, action="append")
     arguments = parser.parse_args()
-    rows = compile_cases(TARGETS[arguments.target], arguments.op or tuple(CASES))
-    print(json.dumps(rows, indent=1))
+    print(json.dumps(compile_cases(TARGETS[arguments.target], arguments.op or tuple(CASES))))
