@@ -5,7 +5,7 @@ import functools
 import torch
 
 from pyllm import _C
-from pyllm.ops import _norm
+from pyllm.ops import _norm, library
 from pyllm.ops._norm import at_most_3d
 from pyllm.ops.alloc import empty_like
 from pyllm.ops.registry import Op
@@ -39,6 +39,8 @@ def layer_norm(
         BackendError: if `backend` cannot serve.
     """
     _norm.check_quantize("layer_norm", quantize, out)
+    if library.dispatches(x, weight, bias, residual):
+        return library.layer_norm(x, weight, bias, eps, residual, quantize, out, backend)
     return _OP.implementation(x, backend)(x, weight, bias, eps, residual, quantize, out)
 
 

@@ -5,7 +5,7 @@ import functools
 import torch
 
 from pyllm import _C
-from pyllm.ops import _norm
+from pyllm.ops import _norm, library
 from pyllm.ops._norm import at_most_3d
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
@@ -37,6 +37,8 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, quantize=None, out=None, bac
         BackendError: if `backend` cannot serve.
     """
     _norm.check_quantize("rms_norm", quantize, out)
+    if library.dispatches(x, weight, residual):
+        return library.rms_norm(x, weight, eps, residual, quantize, out, backend)
     return _OP.implementation(x, backend)(x, weight, eps, residual, quantize, out)
 
 

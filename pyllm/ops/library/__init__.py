@@ -1,0 +1,11 @@
+"""Every op as ``torch.ops.pyllm.<op>``: what autograd, torch.compile, export, autocast, vmap see.
+
+An eager call goes straight to its binding. Only where `dispatches` says that one of these has a say
+does a public function take the way through here, and PyTorch's dispatcher. What computes is the
+same implementation, chosen by the same rules.
+"""
+
+from pyllm.ops.library.define import dispatches
+from pyllm.ops.library.norm import layer_norm, rms_norm
+
+__all__ = ["dispatches", "layer_norm", "rms_norm"]
