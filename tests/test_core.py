@@ -11,10 +11,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from cases import dtype_name, rand
+from cases import dtype_name, rand, strided
 
 from pyllm import _C
-from pyllm.ops import gelu, relu, rms_norm, silu_mul
+from pyllm.ops import gelu, layer_norm, matmul, relu, rms_norm, silu_mul
 
 ROOT = Path(__file__).parent.parent
 
@@ -263,7 +263,7 @@ def test_environment_chooses_threads_and_instruction_set():
         ),
         (torch.zeros(2, 8, device="meta"), TypeError, "expected a CPU tensor, got one on meta"),
         (torch.zeros(1, 1, 1, 2, 8), TypeError, "at most 4 dimensions, got 5"),
-        (torch.zeros(8), ValueError, r"x: expected .*\[T H D\], got float32\[8\]"),
+        (torch.tensor(1.0), ValueError, r"x: expected .*\[T H D\], got float32\[\]"),
         (
             torch.zeros(1, 1, 2, 8),
             ValueError,
@@ -276,6 +276,34 @@ def test_environment_chooses_threads_and_instruction_set():
 def test_checks_say_what_was_expected_and_what_came(x, error, message):
     with pytest.raises(error, match=message):
         _C.layer_norm(x, None, None, 1e-5, None, torch.zeros(2, 8), None)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x, out: layer_norm(x, out=out, backend="cpu"),
+        lambda x, out: rms_norm(x, torch.ones(8), out=out, backend="cpu"),
+        lambda x, out: relu(x, out=out, backend="cpu"),
+        lambda x, out: matmul(x, torch.eye(8), out=out, backend="cpu"),
+    ],
+    ids=["layer_norm", "rms_norm", "relu", "matmul"],
+)
+def test_leading_dimensions(call):
+    """Any number of them, whatever their strides; a result that is copied would be lost."""
+    for shape in [(8,), (3, 8), (4, 1, 8), (0, 3, 8), (2, 3, 8), (2, 3, 2, 8), (2, 1, 2, 3, 8)]:
+        x = rand(*shape)
+        expected = call(x.reshape(-1, 8), None).view(shape)
+        assert torch.equal(call(x, None), expected)
+        out = torch.empty(shape)
+        assert call(x, out) is out
+        assert torch.equal(out, expected)
+        assert torch.equal(call(strided(x), None), expected)
+        order = [*reversed(range(x.ndim - 1)), x.ndim - 1]
+        turned = x.permute(order).contiguous().permute(order)
+        assert torch.equal(call(turned, None), expected)
+        if x.ndim > 3:
+            with pytest.raises(ValueError, match="out: expected leading dimensions"):
+                call(x, torch.empty_like(turned))
 
 
 def test_sources_include_no_torch_header():

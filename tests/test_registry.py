@@ -123,3 +123,26 @@ def test_nothing_is_changed_where_the_device_is_the_current_one(current, x):
         raise AssertionError
 
     assert device.guarded(x, function) is function
+
+
+def test_the_environment_is_read_in_every_call(monkeypatch):
+    x, weight = torch.ones(2, 8), torch.ones(8)
+    y = rms_norm(x, weight)
+    monkeypatch.setenv("PYLLM_BACKEND", "fpga")
+    with pytest.raises(BackendError, match="no such backend"):
+        rms_norm(x, weight)
+    monkeypatch.setenv("PYLLM_BACKEND", "")
+    assert torch.equal(rms_norm(x, weight), y)
+    monkeypatch.delenv("PYLLM_BACKEND")
+    assert torch.equal(rms_norm(x, weight), y)
+
+
+def test_a_backend_registered_later_serves():
+    op = Op("registered_later")
+    try:
+        op.register("reference")("first")
+        assert op.implementation(torch.ones(1)) == "first"
+        op.register("cpu")("second")
+        assert op.implementation(torch.ones(1)) == "second"
+    finally:
+        del OPS["registered_later"]

@@ -19,6 +19,7 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor q
     c(y, "out", "T H D", {x.dtype});
   }
   if (x.numel() == 0) return;
+  merge_heads({&x, &up, &y});
   const auto index = name - std::begin(kActivationNames);
   ActivationArgs args{x,
                       up,
@@ -26,7 +27,7 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor q
                       quantized,
                       group_size,
                       static_cast<Activation>(index),
-                      rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+                      rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
   run(make_launch(kActivationNames[index], kernels().activation, args));
 }
 

@@ -21,8 +21,32 @@ void run(const Launches&... launches) {
   submit({launches...});
 }
 
-// [T, D] as [T, 1, D]; anything else as it is.
+// [D] as [1, D]; anything else as it is.
+inline Tensor with_rows(Tensor t) {
+  if (t.ndim != 1) return t;
+  t.ndim = 2;
+  t.shape[1] = t.shape[0];
+  t.stride[1] = t.stride[0];
+  t.shape[0] = 1;
+  t.stride[0] = 0;
+  return t;
+}
+
+// [..., D] as [T, D] where that is the same memory; anything else as it is.
+inline Tensor as_rows(Tensor t) {
+  t = with_rows(t);
+  for (; t.ndim > 2; --t.ndim) {
+    if (t.shape[0] > 1 && t.stride[0] != t.shape[1] * t.stride[1] && t.numel() != 0) return t;
+    t.shape[0] *= t.shape[1];
+    std::copy(t.shape + 2, t.shape + t.ndim, t.shape + 1);
+    std::copy(t.stride + 1, t.stride + t.ndim, t.stride);
+  }
+  return t;
+}
+
+// [T, D] as [T, 1, D], [D] as [1, 1, D]; anything else as it is.
 inline Tensor with_heads(Tensor t) {
+  t = with_rows(t);
   if (t.ndim != 2) return t;
   t.ndim = 3;
   t.shape[2] = t.shape[1];
@@ -30,6 +54,21 @@ inline Tensor with_heads(Tensor t) {
   t.shape[1] = 1;
   t.stride[1] = 0;
   return t;
+}
+
+// [T, H, D] as [T H, 1, D] where that is the same memory for all: rows are then shared out among
+// threads also where T is small. Undefined tensors stay so.
+inline void merge_heads(std::initializer_list<Tensor*> tensors) {
+  for (const Tensor* t : tensors)
+    if (t->defined() &&
+        (t->shape[1] == 1 || (t->shape[0] > 1 && t->stride[0] != t->shape[1] * t->stride[1])))
+      return;
+  for (Tensor* t : tensors) {
+    if (!t->defined()) continue;
+    t->shape[0] *= t->shape[1];
+    t->stride[0] = t->stride[1];
+    t->shape[1] = 1;
+  }
 }
 
 // Checks the bytes of a QuantActivation of K values a row.

@@ -32,6 +32,9 @@ void check(const char* op, const py::list& arguments) {
 
 }  // namespace
 
-void register_check(py::module_& m) { m.def("check", &check); }
+void register_check(py::module_& m) {
+  m.def("check", &check);
+  m.def("use_dlpack", &use_dlpack);
+}
 
 }  // namespace pyllm

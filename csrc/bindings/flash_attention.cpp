@@ -42,8 +42,17 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor c
   run_attention(c, "flash_attention", a, {scale, softcap, alibi_slopes, sinks, partials});
 }
 
+int64_t flash_attention_partials(Tensor q, Tensor k) {
+  if (q.ndim != 4 || k.ndim != 4) return 0;  // the call will say what is wrong
+  return attention_partials(q.shape[0], q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3],
+                            k.shape[1]);
+}
+
 }  // namespace
 
-void register_flash_attention(py::module_& m) { m.def("flash_attention", &flash_attention); }
+void register_flash_attention(py::module_& m) {
+  m.def("flash_attention", &flash_attention);
+  m.def("flash_attention_partials", &flash_attention_partials);
+}
 
 }  // namespace pyllm

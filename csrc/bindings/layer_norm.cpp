@@ -17,9 +17,10 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual
   c.require(residual.defined() == residual_out.defined(),
             "residual and residual_out come together");
   if (x.numel() == 0) return;
+  merge_heads({&x, &residual, &y, &residual_out});
   if (!weight.defined()) weight.dtype = bias.dtype;
   LayerNormArgs args{x, weight,       bias, residual,
-                     y, residual_out, eps,  rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+                     y, residual_out, eps,  rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
   run(make_launch("layer_norm", kernels().layer_norm, args));
 }
 

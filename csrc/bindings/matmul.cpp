@@ -5,6 +5,7 @@ namespace pyllm {
 namespace {
 
 void matmul(Tensor x, Tensor w, Tensor bias, Tensor y) {
+  x = as_rows(x), y = as_rows(y);
   Check c("matmul");
   c(w, "weight", "N K", kFloats);
   c(x, "x", "T K", kFloats);

@@ -1,14 +1,18 @@
-// From a torch.Tensor (or None) to a pyllm::Tensor, through the tensor's Python attributes only: we
-// include no torch header and link no torch library, so one build serves every torch release.
+// From a torch.Tensor (or None) to a pyllm::Tensor, through DLPack's C ABI or the tensor's Python
+// attributes: we include no torch header and link no torch library, so one build serves every torch
+// release.
 #pragma once
 #include <pybind11/pybind11.h>
 
 #include "core/tensor.h"
 
 namespace pyllm {
-// Throws py::type_error unless `object` is a tensor of a dtype that we know, on the CPU unless
-// `any_device`.
+// Throws a TypeError unless `object` is a dense tensor with memory, of a dtype that we know, on the
+// CPU unless `any_device`.
 Tensor tensor_from_python(pybind11::handle object, bool any_device = false);
+// Whether plain tensors are read through DLPack where torch has it, as they are unless a test says
+// otherwise; returns what was so before.
+bool use_dlpack(bool enabled);
 // Throws py::type_error unless `object` is a torch.dtype that we know.
 DType dtype_from_python(pybind11::handle object);
 }  // namespace pyllm

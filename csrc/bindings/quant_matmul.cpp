@@ -50,6 +50,7 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
                      int group_size, bool has_minimum, Tensor bias, Tensor y) {
   Check c("quant_matmul");
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
+  x = as_rows(x), y = as_rows(y);
   c(x, "x", "T K", kFloats);
   c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
   check_quantized(c, q, "scratch", k, group_size);

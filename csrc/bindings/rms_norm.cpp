@@ -20,9 +20,10 @@ void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Ten
     c(y, "out", "T H D", {x.dtype});
   }
   if (x.numel() == 0) return;
+  merge_heads({&x, &residual, &y, &residual_out});
   RmsNormArgs args{x,          weight,       residual,
                    y,          residual_out, quantized,
-                   group_size, eps,          rows_per_chunk(c.dim("T"), c.dim("H") * c.dim("D"))};
+                   group_size, eps,          rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
   run(make_launch("rms_norm", kernels().rms_norm, args));
 }
 

@@ -16,6 +16,21 @@ def at_most_3d(x):
     return x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -3)
 
 
+def flattened(x, other, out, total=None):
+    """All as `at_most_3d`; the last two are written to.
+
+    Raises:
+        ValueError: if `out` could be flattened only by copying it.
+    """
+    flat = at_most_3d(out)
+    if out is not None and flat.data_ptr() != out.data_ptr():
+        raise ValueError(
+            f"out: expected leading dimensions that can be flattened to one without a copy, got "
+            f"{list(out.shape)} with strides {list(out.stride())}"
+        )
+    return at_most_3d(x), at_most_3d(other), flat, at_most_3d(total)
+
+
 def wide(x):
     """`x` in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -53,7 +68,7 @@ def forward(backend, op, x, weight, bias, eps, residual, quantize, out):
     else:
         # Group sizes are for backends whose matmul takes int8 groups; this one's takes y.
         y = out = torch.empty_like(x) if out is None else out
-    x, residual, out, total = map(at_most_3d, (x, residual, out, total))
+    x, residual, out, total = flattened(x, residual, out, total)
     weight, bias = _as(weight, x), _as(bias, x)
     arguments = (x, weight, bias, eps, residual, out, total, scale)
     if backend == "triton":

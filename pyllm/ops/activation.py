@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from pyllm import _C
 from pyllm.ops import device
-from pyllm.ops._norm import FLOATS, at_most_3d
+from pyllm.ops._norm import FLOATS, at_most_3d, flattened
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
 
@@ -190,7 +190,10 @@ def _cpu(kind, x, up, out, quantize=None):
         _C.activation(kind, x, up, None, y.data, quantize)
         return y
     y = empty_like(x) if out is None else out
-    _C.activation(kind, at_most_3d(x), at_most_3d(up), at_most_3d(y), None, 0)
+    result = y
+    if x.ndim > 3:
+        x, up, result, _ = flattened(x, up, y)
+    _C.activation(kind, x, up, result, None, 0)
     return y
 
 

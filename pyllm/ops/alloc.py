@@ -7,24 +7,31 @@ import torch
 
 from pyllm.quant import QuantActivation
 
-# Its `arena`, set by `use`, is something with ``empty(shape, dtype)``. Each thread has its own:
-# what another one allocates while a step is captured is no part of it.
-_local = threading.local()
+
+class _Local(threading.local):
+    """Its `arena`, set by `use`, is something with ``empty(shape, dtype)``. Each thread has its
+    own: what another one allocates while a step is captured is no part of it."""
+
+    arena = None
+
+
+_local = _Local()
+_CPU = torch.device("cpu")
 
 
 @contextmanager
 def use(arena):
     """Within the block, ops take their outputs from `arena` (see `pyllm.runtime.graph.Arena`)."""
-    before, _local.arena = getattr(_local, "arena", None), arena
+    before, _local.arena = _local.arena, arena
     try:
         yield
     finally:
         _local.arena = before
 
 
-def empty(shape, dtype: torch.dtype, device="cpu") -> torch.Tensor:
+def empty(shape, dtype: torch.dtype, device=_CPU) -> torch.Tensor:
     """An uninitialized contiguous tensor."""
-    arena = getattr(_local, "arena", None)
+    arena = _local.arena
     if arena is not None:
         return arena.empty(shape, dtype)
     return torch.empty(shape, dtype=dtype, device=device)
@@ -32,7 +39,10 @@ def empty(shape, dtype: torch.dtype, device="cpu") -> torch.Tensor:
 
 def empty_like(x: torch.Tensor) -> torch.Tensor:
     """An uninitialized contiguous tensor of x's shape, dtype and device."""
-    return empty(x.shape, x.dtype, x.device)
+    arena = _local.arena
+    if arena is not None:
+        return arena.empty(x.shape, x.dtype)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def empty_quantized(x: torch.Tensor, group_size: int) -> QuantActivation:

@@ -194,10 +194,8 @@ def _cpu(
     out = empty_like(q) if out is None else out
     lse = empty(q.shape[:-1], torch.float32) if return_lse else None
     partials = None
-    if cu_seqlens_q is None and q.ndim == 4 and k.ndim == 4:
-        batch, queries, heads, dim = q.shape
-        size = _C.attention_partials(batch, batch * queries, heads, k.shape[2], dim, k.shape[1])
-        partials = empty((size,), torch.float32) if size else None
+    if cu_seqlens_q is None and (size := _C.flash_attention_partials(q, k)):
+        partials = empty((size,), torch.float32)
     _C.flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, *sides, softcap or 0.0, alibi_slopes, bias,
         sinks, out, lse, partials,

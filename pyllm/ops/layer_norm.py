@@ -6,10 +6,9 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import _norm, library
-from pyllm.ops._norm import at_most_3d
+from pyllm.ops._norm import flattened
 from pyllm.ops.alloc import empty_like
 from pyllm.ops.registry import Op
-from pyllm.quant import QuantRows
 
 _OP = Op("layer_norm")
 _BACKWARD = Op("layer_norm_backward")
@@ -100,14 +99,16 @@ def _backward_reference(dy, x, weight, eps, residual_grad, out):
 
 @_OP.register("cpu")
 def _cpu(x, weight, bias, eps, residual, quantize, out):
-    if quantize in QuantRows.LIMITS:
+    if quantize is not None:
         # There is no kernel for one scale a row: nothing on the CPU multiplies it.
         raise ValueError(f"layer_norm: quantize: expected None on the CPU, got {quantize}")
     y = empty_like(x) if out is None else out
     total = None if residual is None else empty_like(x)
-    tensors = (at_most_3d(residual), at_most_3d(y), at_most_3d(total))
-    _C.layer_norm(at_most_3d(x), weight, bias, eps, *tensors)
-    return y if residual is None else (y, total)
+    results = y, total
+    if x.ndim > 3:
+        x, residual, *results = flattened(x, residual, y, total)
+    _C.layer_norm(x, weight, bias, eps, residual, *results)
+    return y if total is None else (y, total)
 
 
 def _device(backend, *arguments):

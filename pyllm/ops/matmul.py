@@ -53,10 +53,27 @@ def _platform(x, weight, bias, out):
 def _cpu(x, weight, bias, out):
     if out is None:
         out = empty((*x.shape[:-1], weight.shape[0]), x.dtype)
-    _C.matmul(as_rows(x), weight, bias, as_rows(out))
+    _C.matmul(flat(x), weight, bias, flat(out, writes=True))
     return out
 
 
 def as_rows(x):
     """`x [..., K]` as ``[T, K]`` without a copy."""
     return x if x.ndim == 2 else x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
+
+
+def flat(x, *, writes=False):
+    """`x` for a CPU kernel of rows, which flattens most tensors itself.
+
+    Raises:
+        ValueError: if it `writes` to x, and x could be flattened only by copying it.
+    """
+    if x.ndim < 4 and x.is_contiguous():
+        return x
+    rows = as_rows(x)
+    if writes and rows.data_ptr() != x.data_ptr():
+        raise ValueError(
+            f"out: expected leading dimensions that can be flattened to one without a copy, got "
+            f"{list(x.shape)} with strides {list(x.stride())}"
+        )
+    return rows

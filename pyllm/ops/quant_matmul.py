@@ -7,7 +7,7 @@ import torch
 from pyllm import _C
 from pyllm.ops import device
 from pyllm.ops.alloc import empty, empty_quantized
-from pyllm.ops.matmul import as_rows
+from pyllm.ops.matmul import as_rows, flat
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
 
@@ -144,14 +144,14 @@ def _cpu(x, weight, bias, out):
             )
         if out is None:
             out = empty((x.data.shape[0], n), torch.float32)
-        _C.quant_matmul(x.data, *weight.kernel_arguments(), bias, out)
+        _C.quant_matmul(x.data, *weight.kernel_arguments(), bias, flat(out, writes=True))
         return out
     if out is None:
         out = empty((*x.shape[:-1], n), x.dtype)
     # While capturing, what is between the two launches belongs to the plan like any output.
-    rows = as_rows(x)
-    q = empty_quantized(rows, weight.packed_group_size).data
-    _C.quantize_matmul(rows, q, *weight.kernel_arguments(), bias, as_rows(out))
+    row_bytes = QuantActivation.row_bytes(x.shape[-1], weight.packed_group_size)
+    q = empty((x.shape[:-1].numel(), row_bytes), torch.uint8)
+    _C.quantize_matmul(flat(x), q, *weight.kernel_arguments(), bias, flat(out, writes=True))
     return out
 
 

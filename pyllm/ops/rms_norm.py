@@ -6,7 +6,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import _norm, library
-from pyllm.ops._norm import at_most_3d
+from pyllm.ops._norm import flattened
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantRows
@@ -89,17 +89,21 @@ def _backward_reference(dy, x, weight, eps, residual_grad, out):
 @_OP.register("cpu")
 def _cpu(x, weight, eps, residual, quantize, out):
     total = None if residual is None else empty_like(x)
-    if quantize in QuantRows.LIMITS:
-        # There is no kernel for one scale a row: nothing on the CPU multiplies it.
-        raise ValueError(f"rms_norm: quantize: expected a group size on the CPU, got {quantize}")
     if quantize is not None:
+        if quantize in QuantRows.LIMITS:
+            # There is no kernel for one scale a row: nothing on the CPU multiplies it.
+            raise ValueError(
+                f"rms_norm: quantize: expected a group size on the CPU, got {quantize}"
+            )
         y = empty_quantized(x, quantize)
         _C.rms_norm(x, weight, eps, residual, None, total, y.data, quantize)
     else:
         y = empty_like(x) if out is None else out
-        arguments = (at_most_3d(t) for t in (residual, y, total))
-        _C.rms_norm(at_most_3d(x), weight, eps, *arguments, None, 0)
-    return y if residual is None else (y, total)
+        results = y, total
+        if x.ndim > 3:
+            x, residual, *results = flattened(x, residual, y, total)
+        _C.rms_norm(x, weight, eps, residual, *results, None, 0)
+    return y if total is None else (y, total)
 
 
 def _device(backend, x, weight, eps, residual, quantize, out):

@@ -104,7 +104,9 @@ class Arena:
 
 
 # What may be called while capturing: questions about a tensor, and what may return a view of it.
-_QUESTIONS = {"__get__", "data_ptr", "stride", "size", "dim", "numel", "element_size"}
+_QUESTIONS = {
+    "__get__", "data_ptr", "dim", "element_size", "is_contiguous", "numel", "size", "stride",
+}  # fmt: skip
 _VIEWS = {
     "__getitem__", "chunk", "expand", "flatten", "from_numpy", "narrow", "permute", "reshape",
     "select", "split", "squeeze", "t", "transpose", "unflatten", "unsqueeze", "view",
