@@ -35,6 +35,21 @@ def gated(kind, gate, up, quantize=None, backend=None):
     return gelu_mul(gate, up, _APPROXIMATE[kind], quantize=quantize, backend=backend)
 
 
+def gated_kind(module, activation, *projections):
+    """The kind of a gated unit with its activation and its linear layers under these names.
+
+    Raises:
+        Unfit: if it is none that `gated` computes.
+    """
+    for name in projections:
+        if not isinstance(getattr(module, name, None), nn.Module):
+            raise Unfit(f"expected a module {name}")
+    kind = kind_of(getattr(module, activation, None))
+    if kind not in ("silu", "gelu", "tanh"):
+        raise Unfit("its activation is none of silu, gelu and tanh")
+    return kind
+
+
 class Activation(Swapped):
     """An activation module on pyllm's kernel."""
 

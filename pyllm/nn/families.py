@@ -6,7 +6,8 @@ imports transformers.
 
 from torch import nn
 
-from pyllm.nn.activation import Activation, gated, kind_of
+from pyllm.nn.activation import Activation, gated, gated_kind
+from pyllm.nn.encoders import AddNorm, DistilBertBlock, RaggedEncoder, T5GatedMLP
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.swap import Swapped, Unfit, original_class
 from pyllm.ops import rms_norm
@@ -48,7 +49,7 @@ class GatedMLP(Swapped):
 
     @classmethod
     def settings(cls, module):
-        return {"pyllm_kind": _gated_kind(module, "act_fn", "gate_proj", "up_proj", "down_proj")}
+        return {"pyllm_kind": gated_kind(module, "act_fn", "gate_proj", "up_proj", "down_proj")}
 
     def forward(self, x):
         y = gated(self.pyllm_kind, self.gate_proj(x), self.up_proj(x), backend=self.backend)
@@ -60,22 +61,12 @@ class FusedGatedMLP(Swapped):
 
     @classmethod
     def settings(cls, module):
-        kind = _gated_kind(module, "activation_fn", "gate_up_proj", "down_proj")
+        kind = gated_kind(module, "activation_fn", "gate_up_proj", "down_proj")
         return {"pyllm_kind": kind}
 
     def forward(self, x):
         gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
         return self.down_proj(gated(self.pyllm_kind, gate, up, backend=self.backend))
-
-
-def _gated_kind(module, activation, *projections):
-    for name in projections:
-        if not isinstance(getattr(module, name, None), nn.Module):
-            raise Unfit(f"expected a module {name}")
-    kind = kind_of(getattr(module, activation, None))
-    if kind not in ("silu", "gelu", "tanh"):
-        raise Unfit("its activation is none of silu, gelu and tanh")
-    return kind
 
 
 # Of torch: only the class itself, not subclasses, which may compute something else.
@@ -90,7 +81,14 @@ TORCH = {
 # Of transformers: name of the class -> (part, the class that is put before it)
 HUGGING_FACE = {
     **dict.fromkeys(
-        ["LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm", "Phi3RMSNorm"],
+        [
+            "LlamaRMSNorm",
+            "MistralRMSNorm",
+            "Qwen2RMSNorm",
+            "Qwen3RMSNorm",
+            "Phi3RMSNorm",
+            "T5LayerNorm",
+        ],
         ("norms", HuggingFaceRMSNorm),
     ),
     **dict.fromkeys(["Gemma2RMSNorm", "Gemma3RMSNorm"], ("norms", GemmaRMSNorm)),
@@ -99,6 +97,12 @@ HUGGING_FACE = {
         ("mlp", GatedMLP),
     ),
     "Phi3MLP": ("mlp", FusedGatedMLP),
+    "T5DenseGatedActDense": ("mlp", T5GatedMLP),
+    **dict.fromkeys(
+        ["BertSelfOutput", "BertOutput", "RobertaSelfOutput", "RobertaOutput"], ("norms", AddNorm)
+    ),
+    "TransformerBlock": ("norms", DistilBertBlock),
+    **dict.fromkeys(["BertEncoder", "RobertaEncoder", "Transformer"], ("attention", RaggedEncoder)),
     **dict.fromkeys(
         ["GELUActivation", "GELUTanh", "NewGELUActivation", "FastGELUActivation"],
         ("mlp", Activation),
@@ -109,6 +113,9 @@ HUGGING_FACE = {
 ATTENTION = {
     "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Gemma2Attention",
     "Gemma3Attention", "Phi3Attention", "GPT2Attention", "GPTNeoXAttention", "OPTAttention",
+    "BertSelfAttention", "BertCrossAttention", "RobertaSelfAttention", "RobertaCrossAttention",
+    "DistilBertSelfAttention", "T5Attention", "BartAttention", "MarianAttention",
+    "WhisperAttention", "ViTAttention",
 }  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import warnings
 
 import torch
 from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedConfig
-from transformers.masking_utils import sdpa_mask
+from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
 from pyllm.nn.swap import original_class
@@ -41,6 +41,8 @@ def attention(
     softcap=None,
     s_aux=None,
     position_bias=None,
+    cu_seq_lens_q=None,
+    cu_seq_lens_k=None,
     **kwargs,
 ):
     """What transformers calls for ``attn_implementation="pyllm"``.
@@ -52,6 +54,8 @@ def attention(
             single query sees all keys, others in a causal module those up to their own index.
         position_bias: added to the logits.
         s_aux: ``[H]``, sinks.
+        cu_seq_lens_q, cu_seq_lens_k: ``int[N + 1]``, where each of several sequences that lie end
+            to end in a batch of one begins, and the total; without a mask and `position_bias`.
 
     Returns:
         ``([B, Sq, H, D], None)``; with attention weights instead of None where these are wanted.
@@ -60,8 +64,9 @@ def attention(
         raise ValueError('attn_implementation="pyllm" does not serve paged caches of transformers')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
     queries, keys = query.shape[2], key.shape[2]
+    ragged = attention_mask is None and position_bias is None and cu_seq_lens_q is not None
     causal = bool(attention_mask is None and causal and queries > 1)
-    if causal and keys > queries:
+    if causal and keys > queries and not ragged:
         # The first tokens in a static cache: what lies behind them was not written yet.
         key, value = key[:, :, :queries], value[:, :, :queries]
         position_bias = None if position_bias is None else position_bias[..., :queries]
@@ -72,16 +77,27 @@ def attention(
         bias = position_bias if bias is None else position_bias + bias
     window = sliding_window if causal else None
     if dropout or _wants_weights(kwargs):
+        if ragged:
+            bias = _as_bias(_same_sequence(cu_seq_lens_q, cu_seq_lens_k), query.dtype)
         return _transformers(
             module, query, key, value, bias, causal, window, dropout, scaling, softcap, s_aux,
             kwargs,
         )  # fmt: skip
-    y = flash_attention(
-        query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2), causal=causal,
-        scale=scaling, window=window, softcap=softcap, bias=bias,
-        sinks=None if s_aux is None else s_aux.float(), backend=getattr(module, "backend", None),
-    )  # fmt: skip
-    return y, None
+    options = {
+        "causal": causal, "scale": scaling, "window": window, "softcap": softcap,
+        "sinks": None if s_aux is None else s_aux.float(),
+        "backend": getattr(module, "backend", None),
+    }  # fmt: skip
+    if ragged:
+        y = flash_attention(
+            *(x[0].transpose(0, 1) for x in (query, key, value)),
+            cu_seqlens_q=cu_seq_lens_q.int(), cu_seqlens_k=cu_seq_lens_k.int(), **options,
+        )  # fmt: skip
+        return y[None], None
+    if bias is not None and bias.stride(-1) != 1:
+        bias = bias.contiguous()
+    qkv = (x.transpose(1, 2) for x in (query, key, value))
+    return flash_attention(*qkv, bias=bias, **options), None
 
 
 def mask(
@@ -90,6 +106,7 @@ def mask(
     kv_length,
     q_offset=0,
     kv_offset=0,
+    mask_function=causal_mask_function,
     attention_mask=None,
     local_size=None,
     allow_is_causal_skip=True,
@@ -110,12 +127,34 @@ def mask(
         and (attention_mask is None or (attention_mask.ndim == 2 and attention_mask.all()))
     ):
         return None
+    if mask_function is bidirectional_mask_function and local_size is None:
+        # Padding alone is the same for all queries.
+        q_length = 1
     seen = sdpa_mask(
         batch_size=batch_size, q_length=q_length, kv_length=kv_length, q_offset=q_offset,
-        kv_offset=kv_offset, attention_mask=attention_mask, local_size=local_size,
-        allow_is_causal_skip=allow_is_causal_skip, **kwargs,
+        kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
+        local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs,
     )  # fmt: skip
     return None if seen is None else _as_bias(seen, dtype)
+
+
+def recording():
+    """Whether transformers keeps what modules return, for its caller."""
+    return not torch.compiler.is_compiling() and bool(_active_collector.get())
+
+
+def serves(module):
+    """Whether an attention module of transformers calls `attention`."""
+    return module.config._attn_implementation == NAME
+
+
+def _same_sequence(cu_seq_lens_q, cu_seq_lens_k):
+    """``bool [1, 1, Tq, Tk]``: which query and which key are of one sequence."""
+    q, k = (
+        torch.repeat_interleave(torch.arange(len(x) - 1, device=x.device), x.diff())
+        for x in (cu_seq_lens_q, cu_seq_lens_k)
+    )
+    return (q[:, None] == k)[None, None]
 
 
 def _as_bias(seen, dtype):

@@ -25,7 +25,10 @@ class RMSNorm(nn.RMSNorm):
             y = rms_norm(*_as_one(self, x, _ones(self, x)), eps, backend=self.backend)
             return y.view(x.shape)
         weight = _ones(self, x) if self.weight is None else self.weight
-        return rms_norm(x, weight, eps, residual=residual, quantize=quantize, backend=self.backend)
+        return rms_norm(
+            _with_rows(x), weight, eps, residual=_with_rows(residual), quantize=quantize,
+            backend=self.backend,
+        )  # fmt: skip
 
 
 class LayerNorm(nn.LayerNorm):
@@ -45,8 +48,14 @@ class LayerNorm(nn.LayerNorm):
             x_, weight, bias = _as_one(self, x, self.weight, self.bias)
             return layer_norm(x_, weight, bias, self.eps, backend=self.backend).view(x.shape)
         return layer_norm(
-            x, self.weight, self.bias, self.eps, residual=residual, backend=self.backend
-        )
+            _with_rows(x), self.weight, self.bias, self.eps, residual=_with_rows(residual),
+            backend=self.backend,
+        )  # fmt: skip
+
+
+def _with_rows(x):
+    """`x` with its last dimension contiguous, which torch's norms do not ask for."""
+    return x if x is None or x.stride(-1) == 1 else x.contiguous()
 
 
 def _ones(norm, x):

@@ -43,7 +43,8 @@ class QuantLinear(nn.Linear):
         self.out_features, self.in_features = quant.shape
         self.bits, self.group_size = quant.bits, quant.group_size
         self.has_minimum = quant.has_minimum
-        self.register_buffer("weight", quant.packed)
+        # As int8, by which T5 and its relatives know that x is not to be cast to it.
+        self.register_buffer("weight", quant.packed.view(torch.int8))
         self.register_parameter("bias", bias)
 
     @staticmethod
@@ -86,12 +87,12 @@ class QuantLinear(nn.Linear):
     @property
     def quant(self) -> QuantTensor:
         """The weight as a `QuantTensor`; it shares the buffer."""
-        packed = self._buffers["weight"]
-        kept = self.__dict__.get("_quant")
-        if kept is None or kept.packed is not packed:
-            shape = (self.out_features, self.in_features)
+        weight = self._buffers["weight"]
+        of, kept = self.__dict__.get("_quant", (None, None))
+        if of is not weight:
+            shape, packed = (self.out_features, self.in_features), weight.view(torch.uint8)
             kept = QuantTensor(packed, shape, self.bits, self.group_size, self.has_minimum)
-            self.__dict__["_quant"] = kept
+            self.__dict__["_quant"] = weight, kept
         return kept
 
     def forward(self, x):
