@@ -307,6 +307,17 @@ def prompt_lookup(
     _run(p.measure, p.table, out, model, threads, rounds=rounds, k=k, temperature=temperature)
 
 
+@app.command(name="drop_in")
+def drop_in(
+    case: Annotated[list[str] | None, typer.Option(help="Only this: minilm, smollm2.")] = None,
+    threads: Threads = None, rounds: Rounds = 7, out: Out = None,
+):  # fmt: skip
+    """Models of Hugging Face transformers as they are and patched."""
+    from . import drop_in as d
+
+    _run(d.measure, d.table, out, None, threads, cases=case, rounds=rounds)
+
+
 @app.command(name="all")
 def everything(
     out: Annotated[
@@ -430,7 +441,7 @@ def _run(measure, table, out, model, threads, **options):
     with _status() as status:
         if "progress" in inspect.signature(measure).parameters:
             options["progress"] = status.update
-        data = measure(models.path_of(model), threads=threads, **options)
+        data = measure(*([models.path_of(model)] if model else []), threads=threads, **options)
     tables = table(data)
     console = _console()
     for t in tables if isinstance(tables, tuple) else [tables]:

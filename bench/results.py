@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from . import gpu_decode, models, plot, prompt_lookup, status, suite
+from . import drop_in, gpu_decode, models, plot, prompt_lookup, status, suite
 from .status import table
 
 OURS = "pyllm"
@@ -154,11 +154,16 @@ def _prompt_lookup(data):
     return [title, "", *table("|".join(prompt_lookup.HEAD), prompt_lookup.cells(data))]
 
 
+def _drop_in(data):
+    title = f"### Models of transformers, patched, {data['rounds']} rounds"
+    return [title, "", *table("|".join(drop_in.HEAD), drop_in.cells(data))]
+
+
 PARTS = {
     "limits": _limits, "perplexity": _perplexity, "prompt_lookup": _prompt_lookup,
     "context": _end_to_end, "end_to_end": _end_to_end, "interference": _interference,
     "startup": _startup, "profile": _profile, "kernels": status.headline,
-    "gpu_decode": _gpu_decode,
+    "gpu_decode": _gpu_decode, "drop_in": _drop_in,
 }  # fmt: skip
 
 

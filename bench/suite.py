@@ -4,6 +4,7 @@ import json
 import time
 
 from . import (
+    drop_in,
     end_to_end,
     interference,
     kernels,
@@ -50,8 +51,8 @@ PARTS = [
     ("prompt_lookup", "", prompt_lookup.measure, {"rounds": 3}, writes_text, 0),
     ("context", "", end_to_end.report, {"tests": end_to_end.DEPTHS, **SAME}, is_small, 1),
 ]
-KERNELS = "kernels"  # needs no model
-KINDS = [KERNELS, *dict.fromkeys(part[0] for part in PARTS)]
+KERNELS, DROP_IN = "kernels", "drop_in"  # need none of the models
+KINDS = [KERNELS, *dict.fromkeys(part[0] for part in PARTS), DROP_IN]
 
 
 def files(names, only=None):
@@ -99,6 +100,12 @@ def run(
         where = record.environment(threads, other)
         data = measure(models.path_of(name), threads=threads, **options)
         record.write(folder / file, data, where)
+    path = folder / f"{DROP_IN}.json"
+    wanted = DROP_IN in only if only else not drop_in.missing()
+    if wanted and not (resume and _is_done(path)):
+        where = record.environment(threads, other)
+        data = drop_in.measure(threads=threads, rounds=rounds, progress=progress)
+        record.write(path, data, where)
 
 
 def _is_done(path):

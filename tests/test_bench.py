@@ -114,6 +114,41 @@ def test_prompt_lookup(model):
     prompt_lookup.table(data)
 
 
+def test_drop_in(monkeypatch):
+    import torch
+
+    from pyllm.bench import drop_in, results
+
+    class Tiny:
+        what, unit, n = "tiny", "rows/s", 4
+
+        def __init__(self):
+            self.model = torch.nn.Sequential(torch.nn.Linear(32, 32), torch.nn.LayerNorm(32)).eval()
+            self.x = torch.randn(4, 32)
+
+        def run(self, model):
+            return model(self.x)
+
+        def check(self, way, result, before):
+            if "int" not in way:
+                torch.testing.assert_close(result, before)
+
+    monkeypatch.setattr(drop_in, "CASES", {"smollm2": Tiny})
+    monkeypatch.setattr(drop_in, "missing", list)
+    data = drop_in.measure(threads=1, rounds=2)
+    assert [row["way"] for row in data["rows"]] == list(drop_in.WAYS["smollm2"])
+    assert data["rows"][0]["ratio"] == 1
+    assert all(row["low"] <= row["median"] <= row["high"] for row in data["rows"])
+    drop_in.table(data)
+    assert "| tiny | patched, int8 |" in "\n".join(results.PARTS["drop_in"](data))
+    with pytest.raises(ValueError, match="case: expected smollm2, got another"):
+        drop_in.measure(threads=1, cases=["another"])
+    assert drop_in.sentences(3) == drop_in.sentences(3)
+    monkeypatch.setattr(drop_in, "missing", lambda: ["gguf"])
+    with pytest.raises(ModuleNotFoundError, match="install gguf to measure drop_in"):
+        drop_in.measure(threads=1)
+
+
 def test_startup_and_interference(model):
     from pyllm.bench import interference, startup
 
@@ -290,6 +325,8 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
 
     timed = []
     monkeypatch.setattr(suite.kernels, "measure", lambda **kw: timed.append(kw) or {"rows": []})
+    monkeypatch.setattr(suite.drop_in, "measure", lambda **kw: {"rows": []})
+    monkeypatch.setattr(suite.drop_in, "missing", list)
     monkeypatch.setattr(suite, "PARTS", [("startup", "", measure, {}, suite.is_small, 0)])
     monkeypatch.setattr(models, "path_of", lambda name: name)
     monkeypatch.setattr(record, "commit", lambda: "abc")
@@ -301,6 +338,7 @@ def test_the_suite_leaves_out_what_is_done_and_refuses_unknown_parts(model, tmp_
     assert runs == ["a", "c"]
     assert len(timed) == 1  # the kernels were done the first time
     assert (tmp_path / "kernels.json").exists()
+    assert (tmp_path / "drop_in.json").exists()
     monkeypatch.setattr(record, "commit", lambda: "abc-dirty")
     suite.run(tmp_path, ["a"], resume=True, **options)
     assert runs == ["a", "c", "a"]
