@@ -80,7 +80,13 @@ setup(
     # kernels/ and bench/ are at the top level of the repository, and in pyllm once installed.
     # kernels/ has no __init__.py, so that it never shadows another package of that name.
     # The headers of csrc/ are what `pyllm emulate` compiles a kernel with.
-    packages=[*find_packages(include=["pyllm*"]), "pyllm.kernels", "pyllm.bench", "pyllm.csrc"],
+    packages=[
+        *find_packages(include=["pyllm*"]),
+        "pyllm.kernels",
+        "pyllm.bench",
+        "pyllm.bench.commands",
+        "pyllm.csrc",
+    ],
     package_dir={"pyllm.kernels": "kernels", "pyllm.bench": "bench", "pyllm.csrc": "csrc"},
     package_data={
         "pyllm.kernels": ["README.md"],

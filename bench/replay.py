@@ -36,8 +36,9 @@ def content(tensor) -> bytes:
     return bytes(tensor.memory[tensor.used])
 
 
-# The bindings look up torch's dtypes, and compare them by identity.
+# The bindings look up torch's types, and its dtypes, and compare them by identity.
 torch = type(sys)("torch")
+torch.Tensor, torch.nn = Tensor, type("nn", (), {"Parameter": Tensor})
 torch.__getattr__ = lambda name: torch.__dict__.setdefault(name, name)
 
 
