@@ -1,0 +1,183 @@
+"""Patched decoders of Hugging Face against the same models as they were."""
+
+import copy
+import warnings
+
+import pytest
+import torch
+from compare import assert_close
+
+import pyllm
+
+transformers = pytest.importorskip("transformers")
+
+SIZES = {
+    "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128,
+    "bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0,
+}  # fmt: skip
+HEADS = {n: v for n, v in SIZES.items() if n != "num_key_value_heads"}
+GEMMA = {
+    **SIZES, "head_dim": 16, "sliding_window": 6, "query_pre_attn_scalar": 12,
+    "layer_types": ["sliding_attention", "full_attention"],
+}  # fmt: skip
+WINDOW = {"sliding_window": 6, "layer_types": GEMMA["layer_types"]}
+
+# family -> (configuration, its arguments, modules replaced in a layer and once)
+FAMILIES = {
+    "llama": ("Llama", SIZES, 4, 1),
+    "mistral": ("Mistral", {**SIZES, "sliding_window": 6}, 4, 1),
+    "qwen2": ("Qwen2", SIZES, 4, 1),
+    "qwen3": ("Qwen3", {**SIZES, **WINDOW, "use_sliding_window": True, "head_dim": 24}, 6, 1),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}, 7, 1),
+    "gemma3": ("Gemma3Text", GEMMA, 9, 1),
+    "phi3": ("Phi3", {**SIZES, "sliding_window": 50}, 4, 1),
+    "gpt2": ("GPT2", {**HEADS, "n_positions": 128}, 4, 1),
+    "gpt_neox": ("GPTNeoX", HEADS, 4, 1),
+    "opt": ("OPT", {**HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}, 4, 1),
+}
+
+
+def make(family, dtype=torch.float32, **changes):
+    """A small model of random weights whose logits are well apart."""
+    kind, sizes, *_ = FAMILIES[family]
+    torch.manual_seed(1)
+    config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
+    return model.to(dtype).eval()
+
+
+def prompts(*lengths):
+    """Token ids ``[B, max]`` padded on the left, and their mask."""
+    torch.manual_seed(0)
+    ids, mask = torch.zeros(2, len(lengths), max(lengths), dtype=torch.long)
+    for row, seen, n in zip(ids, mask, lengths, strict=True):
+        row[-n:], seen[-n:] = torch.randint(3, SIZES["vocab_size"], (n,)), 1
+    return {"input_ids": ids, "attention_mask": mask}
+
+
+def logits(model, inputs, **options):
+    """Of the tokens that are no padding."""
+    return model(**inputs, **options).logits[inputs["attention_mask"].bool()]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_logits(family, dtype):
+    model, inputs = make(family, dtype), prompts(9, 13)
+    expected = logits(model, inputs)
+    exact = logits(copy.deepcopy(model).double(), inputs)
+    report = pyllm.patch(model)
+    *_, in_layer, once = FAMILIES[family]
+    assert (len(report.replaced), report.left) == (2 * in_layer + once, ())
+    assert_close(logits(model, inputs), exact, expected)
+    # without padding the mask is left to the kernel
+    whole = prompts(11, 11)
+    exact = logits(copy.deepcopy(make(family, dtype)).double(), whole)
+    assert_close(logits(model, whole), exact, logits(make(family, dtype), whole))
+
+
+GENERATE = {
+    "greedy": {},
+    "beam": {"num_beams": 3},
+    "static cache": {"cache_implementation": "static"},
+    "no cache": {"use_cache": False},
+}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_generate(family):
+    model, inputs = make(family), prompts(5, 9)
+    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    expected = {n: model.generate(**inputs, **options, **way) for n, way in GENERATE.items()}
+    pyllm.patch(model)
+    for name, way in GENERATE.items():
+        assert torch.equal(model.generate(**inputs, **options, **way), expected[name]), name
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["llama", "gemma2", "gpt2"])
+def test_chunks(family):
+    """A prompt in pieces: new queries over what is in the cache."""
+    model, ids = make(family), prompts(12)["input_ids"]
+
+    def run():
+        cache = transformers.DynamicCache(config=model.config)
+        return torch.cat([model(part, past_key_values=cache).logits for part in ids.split(5, 1)], 1)
+
+    expected, exact = run(), copy.deepcopy(model).double()(ids).logits
+    pyllm.patch(model)
+    assert_close(run(), exact, expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_attention_weights(family):
+    """They come from transformers, which is said."""
+    model, inputs = make(family, attn_implementation="eager"), prompts(5, 9)
+    expected = model(**inputs, output_attentions=True)
+    pyllm.patch(model)
+    with pytest.warns(UserWarning, match="attention weights is computed by transformers"):
+        actual = model(**inputs, output_attentions=True)
+    seen = inputs["attention_mask"].bool()
+    for a, e in zip(actual.attentions, expected.attentions, strict=True):
+        torch.testing.assert_close(a.mT[..., 4:], e.mT[..., 4:])
+    torch.testing.assert_close(actual.logits[seen], expected.logits[seen])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        model(**inputs)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", FAMILIES)
+def test_unpatch(family):
+    model, inputs = make(family), prompts(5, 9)
+    expected, config = model(**inputs).logits, model.config
+    before = [(type(m), m.__dict__.get("config"), set(m.__dict__)) for m in model.modules()]
+    tensors = {name: id(t) for name, t in model.state_dict(keep_vars=True).items()}
+    shared = type(model)(config)
+    for linear in (None, "int8"):
+        pyllm.patch(model, linear=linear)
+        assert config._attn_implementation != "pyllm"
+        assert shared.config is config
+        assert not torch.equal(model(**inputs).logits, expected)
+        pyllm.unpatch(model)
+        after = [(type(m), m.__dict__.get("config"), set(m.__dict__)) for m in model.modules()]
+        for (a_type, a_config, a_names), (b_type, b_config, b_names) in zip(
+            after, before, strict=True
+        ):
+            assert a_type is b_type
+            assert a_config is b_config
+            assert a_names == b_names
+        assert {n: id(t) for n, t in model.state_dict(keep_vars=True).items()} == tensors
+        assert torch.equal(model(**inputs).logits, expected)
+
+
+def test_large_heads():
+    model = make("llama", head_dim=260)
+    classes = [type(m) for m in model.modules()]
+    with pytest.raises(ValueError, match=r"layers.0.self_attn: expected heads of at most 256, got"):
+        pyllm.patch(model)
+    assert [type(m) for m in model.modules()] == classes
+    pyllm.patch(model, attention=False)
+
+
+def test_untested_families_are_left():
+    config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
+    report = pyllm.patch(transformers.BloomForCausalLM(config))
+    assert {r.after for r in report.replaced} == {"pyllm.LayerNorm"}
+
+
+@torch.no_grad()
+def test_by_name():
+    """``attn_implementation="pyllm"`` without a patch."""
+    import pyllm.nn.huggingface  # noqa: F401
+
+    inputs, expected = prompts(5, 9), make("llama")
+    exact = logits(copy.deepcopy(expected).double(), inputs)
+    model = make("llama", attn_implementation="pyllm")
+    assert_close(logits(model, inputs), exact, logits(expected, inputs))
