@@ -52,6 +52,7 @@ def test_results_and_restoring(dtype):
     report = pyllm.patch(block)
     assert {r.name: r.after for r in report.replaced} == {
         "norm": "pyllm.LayerNorm", "rms": "pyllm.RMSNorm", "act": "pyllm.GELU",
+        **dict.fromkeys(["up", "down", "odd", "last"], "pyllm.Linear"),
     }  # fmt: skip
     assert_close(block(x), exact, y)
     assert list(block.state_dict()) == before[3]
@@ -89,11 +90,11 @@ def test_only_this_instance(block):
 
 
 def test_options(block):
-    report = pyllm.patch(block, norms=False, backend="reference")
-    assert [r.name for r in report.replaced] == ["act"]
-    assert block.act.backend == "reference"
+    report = pyllm.patch(block, mlp=False, backend="reference")
+    assert [r.name for r in report.replaced] == ["norm", "rms"]
+    assert block.norm.backend == "reference"
     pyllm.unpatch(block)
-    assert "backend" not in vars(block.act)
+    assert "backend" not in vars(block.norm)
 
 
 def test_report_and_again(block):
@@ -101,12 +102,12 @@ def test_report_and_again(block):
     assert [report.already, again.already] == [False, True]
     assert again.replaced == report.replaced
     assert "torch.LayerNorm -> pyllm.LayerNorm: norm" in str(report)
-    assert "already patched: 3 modules" in str(again)
+    assert "already patched: 7 modules" in str(again)
     with pytest.raises(
         ValueError, match=r"patched already, with .*linear=None.* pyllm.unpatch it before"
     ):
         pyllm.patch(block, linear="int8")
-    assert type(block.up) is nn.Linear
+    assert not isinstance(block.up, QuantLinear)
 
 
 @torch.no_grad()

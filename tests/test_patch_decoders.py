@@ -1,6 +1,7 @@
 """Patched decoders of Hugging Face against the same models as they were."""
 
 import copy
+import re
 import warnings
 
 import pytest
@@ -23,24 +24,24 @@ GEMMA = {
 }  # fmt: skip
 WINDOW = {"sliding_window": 6, "layer_types": GEMMA["layer_types"]}
 
-# family -> (configuration, its arguments, modules replaced in a layer and once)
+# family -> (configuration, its arguments)
 FAMILIES = {
-    "llama": ("Llama", SIZES, 4, 1),
-    "mistral": ("Mistral", {**SIZES, "sliding_window": 6}, 4, 1),
-    "qwen2": ("Qwen2", SIZES, 4, 1),
-    "qwen3": ("Qwen3", {**SIZES, **WINDOW, "use_sliding_window": True, "head_dim": 24}, 6, 1),
-    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}, 7, 1),
-    "gemma3": ("Gemma3Text", GEMMA, 9, 1),
-    "phi3": ("Phi3", {**SIZES, "sliding_window": 50}, 4, 1),
-    "gpt2": ("GPT2", {**HEADS, "n_positions": 128}, 4, 1),
-    "gpt_neox": ("GPTNeoX", HEADS, 4, 1),
-    "opt": ("OPT", {**HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}, 4, 1),
+    "llama": ("Llama", SIZES),
+    "mistral": ("Mistral", {**SIZES, "sliding_window": 6}),
+    "qwen2": ("Qwen2", SIZES),
+    "qwen3": ("Qwen3", {**SIZES, **WINDOW, "use_sliding_window": True, "head_dim": 24}),
+    "gemma2": ("Gemma2", {**GEMMA, "attn_logit_softcapping": 2.0}),
+    "gemma3": ("Gemma3Text", GEMMA),
+    "phi3": ("Phi3", {**SIZES, "sliding_window": 50}),
+    "gpt2": ("GPT2", {**HEADS, "n_positions": 128}),
+    "gpt_neox": ("GPTNeoX", HEADS),
+    "opt": ("OPT", {**HEADS, "ffn_dim": 96, "word_embed_proj_dim": 64}),
 }
 
 
 def make(family, dtype=torch.float32, **changes):
     """A small model of random weights whose logits are well apart."""
-    kind, sizes, *_ = FAMILIES[family]
+    kind, sizes = FAMILIES[family]
     torch.manual_seed(1)
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
     model = transformers.AutoModelForCausalLM.from_config(config)
@@ -63,20 +64,34 @@ def logits(model, inputs, **options):
     return model(**inputs, **options).logits[inputs["attention_mask"].bool()]
 
 
+def exact_logits(model, inputs):
+    """In float64, each prompt alone: transformers makes NaN of padding in float64."""
+    model, rows = copy.deepcopy(model).double(), []
+    for ids, seen in zip(*inputs.values(), strict=True):
+        padding = int(len(ids) - seen.sum())
+        options = {}
+        if model.config.model_type == "gpt2":  # counts its positions from the padding on
+            options["position_ids"] = torch.arange(padding, len(ids))[None]
+        rows.append(model(ids[None, padding:], **options).logits[0])
+    return torch.cat(rows)
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["float32", "bfloat16"])
 @pytest.mark.parametrize("family", FAMILIES)
 def test_logits(family, dtype):
     model, inputs = make(family, dtype), prompts(9, 13)
     expected = logits(model, inputs)
-    exact = logits(copy.deepcopy(model).double(), inputs)
+    exact = exact_logits(model, inputs)
+    classes = {type(m).__name__ for m in model.modules()}
     report = pyllm.patch(model)
-    *_, in_layer, once = FAMILIES[family]
-    assert (len(report.replaced), report.left) == (2 * in_layer + once, ())
+    assert report.left == ()
+    kinds = {re.sub(r"torch\.|,.*", "", x.before) for x in report.replaced}
+    assert kinds >= {n for n in classes if re.search("Norm|Attention|GELU|ReLU|Linear", n)}
     assert_close(logits(model, inputs), exact, expected)
     # without padding the mask is left to the kernel
     whole = prompts(11, 11)
-    exact = logits(copy.deepcopy(make(family, dtype)).double(), whole)
+    exact = exact_logits(make(family, dtype), whole)
     assert_close(logits(model, whole), exact, logits(make(family, dtype), whole))
 
 
@@ -169,7 +184,7 @@ def test_large_heads():
 def test_untested_families_are_left():
     config = transformers.BloomConfig(vocab_size=50, hidden_size=32, n_layer=1, n_head=2)
     report = pyllm.patch(transformers.BloomForCausalLM(config))
-    assert {r.after for r in report.replaced} == {"pyllm.LayerNorm"}
+    assert {r.after for r in report.replaced} == {"pyllm.LayerNorm", "pyllm.Linear"}
 
 
 @torch.no_grad()
@@ -178,6 +193,6 @@ def test_by_name():
     import pyllm.nn.huggingface  # noqa: F401
 
     inputs, expected = prompts(5, 9), make("llama")
-    exact = logits(copy.deepcopy(expected).double(), inputs)
+    exact = exact_logits(expected, inputs)
     model = make("llama", attn_implementation="pyllm")
     assert_close(logits(model, inputs), exact, logits(expected, inputs))

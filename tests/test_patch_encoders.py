@@ -113,7 +113,8 @@ def test_logits(family, dtype, side):
     expected = logits(model, inputs)
     exact = logits(copy.deepcopy(model).double(), inputs)
     report = pyllm.patch(model)
-    assert (len(report.replaced), report.left) == (FAMILIES[family][-1], ())
+    replaced = [x for x in report.replaced if x.after != "pyllm.Linear"]
+    assert (len(replaced), report.left) == (FAMILIES[family][-1], ())
     assert_close(logits(model, inputs), exact, expected)
 
 

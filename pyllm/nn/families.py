@@ -7,7 +7,9 @@ imports transformers.
 from torch import nn
 
 from pyllm.nn.activation import Activation, gated, gated_kind
+from pyllm.nn.decoder import DecoderLayer
 from pyllm.nn.encoders import AddNorm, DistilBertBlock, RaggedEncoder, T5GatedMLP
+from pyllm.nn.linear import Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.swap import Swapped, Unfit, original_class
 from pyllm.ops import rms_norm
@@ -70,15 +72,16 @@ class FusedGatedMLP(Swapped):
 
 
 # Of torch: only the class itself, not subclasses, which may compute something else.
-# class -> (part, the class that it is swapped to)
+# class -> (parts, the class that it is swapped to)
 TORCH = {
+    nn.Linear: ("mlp", Linear),
     nn.LayerNorm: ("norms", LayerNorm),
     nn.RMSNorm: ("norms", RMSNorm),
     nn.GELU: ("mlp", Activation),
     nn.ReLU: ("mlp", Activation),
 }
 
-# Of transformers: name of the class -> (part, the class that is put before it)
+# Of transformers: name of the class -> (parts, the class that is put before it)
 HUGGING_FACE = {
     **dict.fromkeys(
         [
@@ -103,6 +106,18 @@ HUGGING_FACE = {
     ),
     "TransformerBlock": ("norms", DistilBertBlock),
     **dict.fromkeys(["BertEncoder", "RobertaEncoder", "Transformer"], ("attention", RaggedEncoder)),
+    **dict.fromkeys(
+        [
+            "LlamaDecoderLayer",
+            "MistralDecoderLayer",
+            "Qwen2DecoderLayer",
+            "Qwen3DecoderLayer",
+            "Phi3DecoderLayer",
+            "Gemma2DecoderLayer",
+            "Gemma3DecoderLayer",
+        ],
+        ("attention norms mlp", DecoderLayer),
+    ),
     **dict.fromkeys(
         ["GELUActivation", "GELUTanh", "NewGELUActivation", "FastGELUActivation"],
         ("mlp", Activation),
@@ -143,7 +158,7 @@ def is_tested_attention(module) -> bool:
 
 
 def swap_for(module):
-    """``(part, class)``: what takes a module's place, or None."""
+    """``(parts, class)``: what takes a module's place, or None."""
     cls = original_class(module)
     if cls.__module__.startswith("transformers."):
         return HUGGING_FACE.get(cls.__name__)

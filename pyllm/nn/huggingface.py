@@ -17,10 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
+from pyllm.nn.attend import NAME, as_bias, attend
 from pyllm.nn.swap import original_class
 from pyllm.ops import flash_attention
 
-NAME = "pyllm"
 MAX_HEAD_SIZE = 256
 NOTES = (
     "attention weights (output_attentions) are computed by transformers, with a warning",
@@ -63,41 +63,38 @@ def attention(
     if kwargs.get("cache") is not None:
         raise ValueError('attn_implementation="pyllm" does not serve paged caches of transformers')
     causal = getattr(module, "is_causal", True) if is_causal is None else is_causal
-    queries, keys = query.shape[2], key.shape[2]
+    causal = bool(causal and attention_mask is None and query.shape[2] > 1)
     ragged = attention_mask is None and position_bias is None and cu_seq_lens_q is not None
-    causal = bool(attention_mask is None and causal and queries > 1)
-    if causal and keys > queries and not ragged:
-        # The first tokens in a static cache: what lies behind them was not written yet.
-        key, value = key[:, :, :queries], value[:, :, :queries]
-        position_bias = None if position_bias is None else position_bias[..., :queries]
     bias = attention_mask
     if bias is not None and bias.dtype == torch.bool:
-        bias = _as_bias(bias, query.dtype)
+        bias = as_bias(bias, query.dtype)
     if position_bias is not None:
+        if causal:
+            bias = _causal(query, key, sliding_window)
         bias = position_bias if bias is None else position_bias + bias
-    window = sliding_window if causal else None
     if dropout or _wants_weights(kwargs):
+        if bias is None and causal:
+            bias = _causal(query, key, sliding_window)
         if ragged:
-            bias = _as_bias(_same_sequence(cu_seq_lens_q, cu_seq_lens_k), query.dtype)
-        return _transformers(
-            module, query, key, value, bias, causal, window, dropout, scaling, softcap, s_aux,
-            kwargs,
+            apart = as_bias(_same_sequence(cu_seq_lens_q, cu_seq_lens_k), query.dtype)
+            bias = apart if bias is None else bias + apart
+        return _by_transformers(
+            module, query, key, value, bias, dropout=dropout, scaling=scaling, softcap=softcap,
+            s_aux=s_aux, **kwargs,
         )  # fmt: skip
     options = {
-        "causal": causal, "scale": scaling, "window": window, "softcap": softcap,
+        "causal": causal, "scale": scaling, "window": sliding_window, "softcap": softcap,
         "sinks": None if s_aux is None else s_aux.float(),
         "backend": getattr(module, "backend", None),
     }  # fmt: skip
     if ragged:
+        options["window"] = sliding_window if causal else None
         y = flash_attention(
             *(x[0].transpose(0, 1) for x in (query, key, value)),
             cu_seqlens_q=cu_seq_lens_q.int(), cu_seqlens_k=cu_seq_lens_k.int(), **options,
         )  # fmt: skip
         return y[None], None
-    if bias is not None and bias.stride(-1) != 1:
-        bias = bias.contiguous()
-    qkv = (x.transpose(1, 2) for x in (query, key, value))
-    return flash_attention(*qkv, bias=bias, **options), None
+    return attend(query.transpose(1, 2), key, value, bias, **options), None
 
 
 def mask(
@@ -135,7 +132,7 @@ def mask(
         kv_offset=kv_offset, mask_function=mask_function, attention_mask=attention_mask,
         local_size=local_size, allow_is_causal_skip=allow_is_causal_skip, **kwargs,
     )  # fmt: skip
-    return None if seen is None else _as_bias(seen, dtype)
+    return None if seen is None else as_bias(seen, dtype)
 
 
 def recording():
@@ -157,10 +154,12 @@ def _same_sequence(cu_seq_lens_q, cu_seq_lens_k):
     return (q[:, None] == k)[None, None]
 
 
-def _as_bias(seen, dtype):
-    return torch.zeros(seen.shape, dtype=dtype, device=seen.device).masked_fill_(
-        ~seen, float("-inf")
-    )
+def _causal(query, key, window):
+    """The mask that None stands for where a module is causal."""
+    row, column = (torch.arange(x.shape[2], device=query.device) for x in (query, key))
+    distance = row[:, None] - column
+    seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+    return as_bias(seen[None, None], query.dtype)
 
 
 def _wants_weights(kwargs):
@@ -171,29 +170,17 @@ def _wants_weights(kwargs):
     return collector is not None and any("attentions" in key for key in collector)
 
 
-def _transformers(
-    module, query, key, value, bias, causal, window, dropout, scaling, softcap, s_aux, kwargs
-):
-    """The same by transformers: what pyllm's kernel does not do."""
+def _by_transformers(module, query, key, value, bias, dropout, **options):
+    """What pyllm's kernel does not do."""
     what = "dropout" if dropout else "attention weights"
     if not torch.compiler.is_compiling():
         warnings.warn(f"pyllm: attention with {what} is computed by transformers", stacklevel=3)
-    if causal:
-        # What None meant, now that it has to be a tensor.
-        row, column = (torch.arange(n, device=query.device) for n in (query.shape[2], key.shape[2]))
-        distance = row[:, None] - column
-        seen = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-        hidden = _as_bias(seen, query.dtype)
-        bias = hidden if bias is None else bias + hidden
     if bias is not None:
         # A query that sees nothing is to give a number.
         bias = bias.clamp(min=torch.finfo(query.dtype).min)
-    if softcap is not None:
-        kwargs["softcap"] = softcap
-    if s_aux is not None:
-        kwargs["s_aux"] = s_aux
+    options = {name: option for name, option in options.items() if option is not None}
     eager = sys.modules[original_class(module).__module__].eager_attention_forward
-    return eager(module, query, key, value, bias, scaling=scaling, dropout=dropout, **kwargs)
+    return eager(module, query, key, value, bias, dropout=dropout, **options)
 
 
 def config_changes(model, chosen):

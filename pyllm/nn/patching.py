@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyllm.nn import families
+from pyllm.nn.linear import Linear
 from pyllm.nn.quant_linear import QuantLinear
 from pyllm.nn.report import Left, PatchReport, Replaced
 from pyllm.nn.swap import Swapped, Unfit, swapped
@@ -59,7 +60,8 @@ def patch(model, attention=True, norms=True, mlp=True, linear=None, backend=None
         model: an ``nn.Module``.
         attention: replace attention.
         norms: replace layer and RMS normalization.
-        mlp: replace gated feed-forward blocks and activation functions.
+        mlp: replace gated feed-forward blocks, activation functions and, for few rows at
+            inference, the products of linear layers.
         linear: None, or quantize the weights of linear layers: ``"int8"`` or ``"int4"``, in groups
             of 32.
         backend: of the ops; None: as `pyllm.ops.registry` chooses.
@@ -130,8 +132,10 @@ def _plan_swap(plan, name, module):
     found = families.swap_for(module)
     if found is None:
         return
-    part, cls = found
-    if not plan.options[part] or isinstance(module, cls):
+    parts, cls = found
+    if not all(plan.options[part] for part in parts.split()) or isinstance(module, cls):
+        return
+    if cls is Linear and plan.options["linear"] is not None:
         return
     try:
         settings = cls.settings(module) if issubclass(cls, Swapped) else {}

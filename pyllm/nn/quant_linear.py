@@ -3,8 +3,9 @@
 import torch
 from torch import nn
 
+from pyllm import memory
 from pyllm.ops import quant_matmul
-from pyllm.quant import QuantTensor
+from pyllm.quant import QuantTensor, packing
 
 
 class QuantLinear(nn.Linear):
@@ -126,3 +127,27 @@ class QuantLinear(nn.Linear):
             f"in_features={self.in_features}, out_features={self.out_features}, "
             f"bias={self.bias is not None}, bits={self.bits}, group_size={self.group_size}{minimum}"
         )
+
+
+def fuse(linears) -> QuantTensor | None:
+    """The weights of several layers below each other, if they are of one format.
+
+    The layers' buffers become views of it: they lie in memory once. None if the formats differ or a
+    layer but the last has rows that its packed form pads.
+    """
+    formats = {(m.in_features, m.bits, m.group_size, m.has_minimum) for m in linears}
+    if len(formats) > 1 or any(m.out_features % packing.PANEL_ROWS for m in linears[:-1]):
+        return None
+    parts = [m.weight.view(torch.uint8) for m in linears]
+    sizes = [part.numel() for part in parts]
+    ends = [part.data_ptr() + size for part, size in zip(parts, sizes, strict=True)]
+    storages = {part.untyped_storage().data_ptr() for part in parts}
+    if len(storages) == 1 and ends[:-1] == [part.data_ptr() for part in parts[1:]]:
+        packed = parts[0].as_strided((sum(sizes),), (1,))
+    else:
+        packed = memory.allocate(sum(sizes)).copy_(torch.cat(parts))
+        for linear, view in zip(linears, packed.split(sizes), strict=True):
+            linear.weight = view.view(torch.int8)
+    k, bits, group_size, has_minimum = formats.pop()
+    n = sum(m.out_features for m in linears)
+    return QuantTensor(packed, (n, k), bits, group_size, has_minimum)

@@ -1,0 +1,250 @@
+"""Decoder layers of transformers in as few calls as there are kernels.
+
+With one new token a layer's kernels take less time than the calls around them. At inference on the
+CPU the whole layer is therefore computed here: q, k and v, and gate and up, by one product each
+where they are quantized, with the norm before rounding its result for it and the residual added in
+the next one. In training, under torch.compile, with hooks on a part of the layer, or with parts
+that are not those that were patched, the layer's own forward calls its modules as ever.
+"""
+
+import threading
+
+import torch
+from torch import nn
+from torch.nn.modules import module as global_hooks
+
+from pyllm.nn.activation import gated
+from pyllm.nn.attend import NAME, attend
+from pyllm.nn.linear import Linear, multiply
+from pyllm.nn.quant_linear import QuantLinear, fuse
+from pyllm.nn.swap import Swapped, Unfit, original_class
+from pyllm.ops import quant_matmul, rope_cache
+
+_IMPLEMENTATION = "_attn_implementation_internal"
+# Arguments of a layer that change nothing here.
+_HARMLESS = {"position_ids", "use_cache", "cache_position", "output_attentions"}
+
+
+class DecoderLayer(Swapped):
+    """Of Llama and its relatives, with norms around both blocks (Gemma) or before them."""
+
+    @classmethod
+    def settings(cls, module):
+        for name in ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm"):
+            if not isinstance(getattr(module, name, None), nn.Module):
+                raise Unfit(f"expected a module {name}")
+        return {"pyllm_parts": None}
+
+    def forward(
+        self,
+        hidden_states,
+        attention_mask=None,
+        position_embeddings=None,
+        past_key_values=None,
+        **kwargs,
+    ):
+        parts = self._parts(hidden_states, position_embeddings, kwargs)
+        if parts is None:
+            return super().forward(
+                hidden_states,
+                attention_mask=attention_mask,
+                position_embeddings=position_embeddings,
+                past_key_values=past_key_values,
+                **kwargs,
+            )
+        batch, length, width = hidden_states.shape
+        x = hidden_states.reshape(-1, width)
+        y = parts.before_attention.forward(x, quantize=parts.qkv.group_size)
+        y = parts.attend(
+            y, (batch, length), x, attention_mask, position_embeddings, past_key_values
+        )
+        y = parts.output(y, x)
+        if parts.after_attention is not None:
+            y = parts.after_attention.forward(y)
+        y, x = parts.before_mlp.forward(y, residual=x, quantize=parts.gate_up.group_size)
+        gate, up = parts.gate_up(y, x, parts.mlp_sizes)
+        y = gated(parts.kind, gate, up, quantize=parts.down.group_size, backend=self.backend)
+        y = parts.down(y, x)
+        if parts.after_mlp is not None:
+            y = parts.after_mlp.forward(y)
+        return y.add_(x).view(batch, length, width)
+
+    def _parts(self, x, position_embeddings, kwargs):
+        """What the layer is made of, or None where its own forward has to serve."""
+        if (
+            torch.is_grad_enabled()
+            or torch.compiler.is_compiling()
+            or self.training
+            or position_embeddings is None
+            or type(x) is not torch.Tensor
+            or not x.is_cpu
+            or x.numel() == 0
+            or not kwargs.keys() <= _HARMLESS
+            or kwargs.get("output_attentions")
+            or torch.is_autocast_enabled("cpu")
+        ):
+            return None
+        parts = self.pyllm_parts
+        if parts is None or not parts.current():
+            parts = self.pyllm_parts = Parts(self)
+        return parts if parts.fit and not parts.hooked() else None
+
+    def __getstate__(self):
+        return {**self.__dict__, "pyllm_parts": None}
+
+
+class Parts:
+    """The modules of a layer, as they were found at a call."""
+
+    def __init__(self, layer):
+        # Where each module below the layer is found, and each packed weight.
+        self.places = []
+        for owner in layer.modules():
+            self.places += [(owner._modules, name, m) for name, m in owner._modules.items()]
+        self.modules = [module for _, _, module in self.places]
+        self.fit = self._find(layer)
+
+    def current(self) -> bool:
+        """Whether these still are the parts of the layer."""
+        return all(owner.get(name) is part for owner, name, part in self.places)
+
+    def hooked(self) -> bool:
+        """Whether something wants to see the calls of the modules."""
+        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
+            return True
+        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+
+    def _find(self, layer):
+        attention, mlp, self.backend = layer.self_attn, layer.mlp, layer.backend
+        self.attention, self.kind = attention, getattr(mlp, "pyllm_kind", None)
+        # Gemma's names differ: there is a norm after each block, too.
+        sandwich = hasattr(layer, "pre_feedforward_layernorm")
+        before_mlp = "pre_feedforward_layernorm" if sandwich else "post_attention_layernorm"
+        self.before_attention, self.before_mlp = layer.input_layernorm, getattr(layer, before_mlp)
+        self.after_attention = layer.post_attention_layernorm if sandwich else None
+        self.after_mlp = layer.post_feedforward_layernorm if sandwich else None
+        self.q_norm = getattr(attention, "q_norm", None)
+        self.k_norm = getattr(attention, "k_norm", None)
+        norms = (
+            self.before_attention, self.after_attention, self.before_mlp, self.after_mlp,
+            self.q_norm, self.k_norm,
+        )  # fmt: skip
+        linears = (
+            _first(attention, ["qkv_proj"], ["q_proj", "k_proj", "v_proj"]),
+            [attention.o_proj],
+            _first(mlp, ["gate_up_proj"], ["gate_proj", "up_proj"]),
+            [mlp.down_proj],
+        )
+        if (
+            self.kind is None
+            or attention.config._attn_implementation != NAME
+            or not all(norm is None or hasattr(norm, "pyllm_eps") for norm in norms)
+            or not all(type(linear) in (QuantLinear, Linear) for part in linears for linear in part)
+        ):
+            return False
+        self.places.append((attention.config.__dict__, _IMPLEMENTATION, NAME))
+        config, self.head_dim = attention.config, attention.head_dim
+        query, kv = config.num_attention_heads, config.num_key_value_heads
+        self.heads, self.mlp_sizes = (query, kv, kv), [mlp.down_proj.in_features] * 2
+        self.causal = attention.is_causal
+        self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
+        gemma2 = original_class(attention).__name__ == "Gemma2Attention"
+        self.softcap = attention.attn_logit_softcapping if gemma2 else None
+        self.qkv, self.output, self.gate_up, self.down = (
+            Projection(part, self.backend) for part in linears
+        )
+        for part in linears:
+            self.places += [(m._buffers, "weight", m.weight) for m in part if m._buffers]
+        return True
+
+    def attend(self, y, shape, x, mask, position_embeddings, past_key_values):
+        """The heads' results ``[T, H * D]`` of the normalized tokens `y`."""
+        rows, dim = len(x), self.head_dim
+        sizes = [n * dim for n in self.heads]
+        q, k, v = (part.unflatten(1, (-1, dim)) for part in self.qkv(y, x, sizes))
+        if self.q_norm is not None:
+            q = self.q_norm.forward(q)
+        if self.k_norm is not None:
+            k = self.k_norm.forward(k)
+        cos_sin, positions, starts, page = _rotation(position_embeddings, shape)
+        # To the op one sequence and a cache of one page, in which it leaves k and v.
+        keys, values = torch.empty((2, 1, rows, self.heads[1], dim), dtype=x.dtype)
+        q = rope_cache(
+            q, k, v, cos_sin, positions, keys, values, cu_seqlens_q=starts, page_table=page,
+            backend=self.backend,
+        )  # fmt: skip
+        keys, values = (c.view(*shape, -1, dim).transpose(1, 2) for c in (keys, values))
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.attention.layer_idx)
+        q = q.view(*shape, -1, dim)
+        return attend(
+            q, keys, values, mask, causal=self.causal, scale=self.attention.scaling,
+            window=self.window, softcap=self.softcap, backend=self.backend,
+        ).view(rows, -1)  # fmt: skip
+
+
+class Projection:
+    """Linear layers of one input."""
+
+    def __init__(self, linears, backend):
+        self.linears, self.backend = linears, backend
+        quants = [m.quant if isinstance(m, QuantLinear) else None for m in linears]
+        groups = {quant and quant.packed_group_size for quant in quants}
+        # The groups that the op before may round its result in, for all of these.
+        self.group_size = groups.pop() if len(groups) == 1 else None
+        self.fused = fuse(linears) if self.group_size and len(linears) > 1 else None
+
+    def __call__(self, y, x, sizes=None):
+        """The products, in the dtype of `x`; as many as there are sizes, one without."""
+        if self.fused is not None:
+            biases = [m.bias for m in self.linears]
+            bias = None if biases[0] is None else torch.cat(biases).float()
+            return _quant_product(y, self.fused, bias, x, self.backend).split(sizes, 1)
+        products = [
+            _quant_product(y, m.quant, m.bias, x, self.backend)
+            if isinstance(m, QuantLinear)
+            else multiply(y, m.weight, m.bias, self.backend)
+            for m in self.linears
+        ]
+        if sizes is None:
+            return products[0]
+        return products[0].split(sizes, 1) if len(products) == 1 else products
+
+
+def _quant_product(y, weight, bias, x, backend):
+    if bias is not None and bias.dtype != torch.float32:
+        bias = bias.float()
+    out = None
+    if (y.dtype if isinstance(y, torch.Tensor) else torch.float32) != x.dtype:
+        out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype)
+    return quant_matmul(y, weight, bias, out=out, backend=backend)
+
+
+def _first(owner, *alternatives):
+    """The modules of the first alternative that `owner` has."""
+    for names in alternatives:
+        if all(hasattr(owner, name) for name in names):
+            return [getattr(owner, name) for name in names]
+    return [None]
+
+
+_local = threading.local()
+
+
+def _rotation(embeddings, shape):
+    """What `rope_cache` takes, worked out by the first layer of a step for all.
+
+    Two are kept, because there are models with two kinds of layers.
+    """
+    kept = getattr(_local, "rotations", ())
+    for of, of_shape, rotation in kept:
+        if of is embeddings and of_shape == shape:
+            return rotation
+    rows = shape[0] * shape[1]
+    halves = [x[..., : x.shape[-1] // 2] for x in embeddings]
+    table = torch.cat(halves, -1).float().expand(*shape, -1).reshape(rows, -1)
+    ends = torch.tensor([0, rows], dtype=torch.int32)
+    page = torch.zeros(1, 1, dtype=torch.int32)
+    rotation = table, torch.arange(rows, dtype=torch.int32), ends, page
+    _local.rotations = ((embeddings, shape, rotation), *kept[:1])
+    return rotation
