@@ -11,6 +11,8 @@ from pathlib import Path
 
 import pyllm
 
+from . import sensors
+
 HERE = Path(__file__).parent
 CHECKOUT = HERE.parent if (HERE.parent / "setup.py").exists() else None
 # With a folder a device: in the repository if this is a checkout of it, else in the current folder.
@@ -38,13 +40,26 @@ def environment(threads, other=None) -> dict:
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
         "commit": commit(), "threads": threads, "flags": flags(), "machine": machine(),
         "gpu": gpu(), "versions": versions(other), "load_average": load, "busy_cores": busy,
-        "contended": busy > BUSY,
+        "contended": busy > BUSY, "sensors": sensors.read(),
     }  # fmt: skip
+
+
+def doubts(where, after=None) -> list[str]:
+    """What speaks against figures that were measured in an environment.
+
+    Args:
+        after: a reading of the sensors; default: now.
+    """
+    lines = sensors.remarks(where.get("sensors", {}), sensors.read() if after is None else after)
+    if where["contended"]:
+        lines.append(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
+    return lines
 
 
 def write(path, data, where) -> None:
     """Writes a benchmark's figures and their environment as JSON."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    where = where | {"sensors_after": sensors.read()}
     path.write_text(json.dumps(data | {"environment": where}, indent=1) + "\n")
 
 

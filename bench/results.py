@@ -4,7 +4,7 @@ import json
 import os
 from pathlib import Path
 
-from . import drop_in, gpu_decode, models, plot, prompt_lookup, status, suite
+from . import drop_in, gpu_decode, models, plot, prompt_lookup, sensors, status, suite
 from .status import table
 
 OURS = "pyllm"
@@ -46,6 +46,10 @@ def _device(folder, files):
     contended = [name for name, data in files.items() if data["environment"]["contended"]]
     if contended:
         lines += [f"**Other processes were busy before: {', '.join(contended)}.**", ""]
+    for name, data in files.items():
+        about = data["environment"]
+        if slowed := sensors.remarks(about.get("sensors", {}), about.get("sensors_after", {})):
+            lines += [f"**{name}: {'; '.join(slowed)}.**", ""]
     whole = (f.removesuffix(".json") for f, *_ in suite.files(models.NAMES))
     missing = [name for name in whole if name not in files and not gpu]
     if missing:

@@ -45,8 +45,8 @@ def measured(measure, table, out, model, threads, **options):
     console = make_console()
     for t in tables if isinstance(tables, tuple) else [tables]:
         console.print(t)
-    if where["contended"]:
-        console.print(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
+    for line in record.doubts(where):
+        console.print(line)
     if out:
         record.write(out, data, where)
 

@@ -132,8 +132,8 @@ def kernels_(
             console.print(kernels.table(data))
         for line in kernels.remarks(data):
             console.print(line)
-        if where["contended"]:
-            console.print(f"contended: others kept {where['busy_cores']:.1f} cores busy before")
+        for line in record.doubts(where):
+            console.print(line)
     record.write(out, data, where)
     kernels.write_csv(data, out.with_suffix(".csv"))
     print(out, file=sys.stderr)
