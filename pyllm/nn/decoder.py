@@ -8,10 +8,11 @@ that are not those that were patched, the layer's own forward calls its modules 
 """
 
 import threading
+from operator import is_
 
 import torch
 from torch import nn
-from torch.nn.modules import module as global_hooks
+from torch.nn.modules import module as _hooks
 
 from pyllm.nn.activation import gated
 from pyllm.nn.attend import NAME, attend
@@ -62,7 +63,7 @@ class DecoderLayer(Swapped):
         if parts.after_attention is not None:
             y = parts.after_attention.forward(y)
         y, x = parts.before_mlp.forward(y, residual=x, quantize=parts.gate_up.group_size)
-        gate, up = parts.gate_up(y, x, parts.mlp_sizes)
+        gate, up = parts.gate_up(y, x)
         y = gated(parts.kind, gate, up, quantize=parts.down.group_size, backend=self.backend)
         y = parts.down(y, x)
         if parts.after_mlp is not None:
@@ -97,22 +98,29 @@ class Parts:
     """The modules of a layer, as they were found at a call."""
 
     def __init__(self, layer):
-        # Where each module below the layer is found, and each packed weight.
-        self.places = []
+        # Where each module below the layer is found, and each packed weight: a dictionary, a name
+        # in it, and what is there. As three lists, which are compared without a loop in Python.
+        self.owners, self.names, self.found = [], [], []
         for owner in layer.modules():
-            self.places += [(owner._modules, name, m) for name, m in owner._modules.items()]
-        self.modules = [module for _, _, module in self.places]
+            for name, module in owner._modules.items():
+                self._note(owner._modules, name, module)
+        self.hooks = [_hooks._global_forward_hooks, _hooks._global_forward_pre_hooks]
+        for module in self.found:
+            self.hooks += [module._forward_hooks, module._forward_pre_hooks]
         self.fit = self._find(layer)
+
+    def _note(self, owner, name, part):
+        self.owners.append(owner)
+        self.names.append(name)
+        self.found.append(part)
 
     def current(self) -> bool:
         """Whether these still are the parts of the layer."""
-        return all(owner.get(name) is part for owner, name, part in self.places)
+        return all(map(is_, map(dict.get, self.owners, self.names), self.found))
 
     def hooked(self) -> bool:
         """Whether something wants to see the calls of the modules."""
-        if global_hooks._global_forward_hooks or global_hooks._global_forward_pre_hooks:
-            return True
-        return any(m._forward_hooks or m._forward_pre_hooks for m in self.modules)
+        return any(self.hooks)
 
     def _find(self, layer):
         attention, mlp, self.backend = layer.self_attn, layer.mlp, layer.backend
@@ -142,73 +150,81 @@ class Parts:
             or not all(type(linear) in (QuantLinear, Linear) for part in linears for linear in part)
         ):
             return False
-        self.places.append((attention.config.__dict__, _IMPLEMENTATION, NAME))
+        self._note(attention.config.__dict__, _IMPLEMENTATION, NAME)
         config, self.head_dim = attention.config, attention.head_dim
         query, kv = config.num_attention_heads, config.num_key_value_heads
-        self.heads, self.mlp_sizes = (query, kv, kv), [mlp.down_proj.in_features] * 2
-        self.causal = attention.is_causal
+        self.heads, self.layer = (query, kv, kv), attention.layer_idx
+        self.causal, self.scale = attention.is_causal, attention.scaling
         self.window = getattr(attention, "sliding_window", getattr(config, "sliding_window", None))
         gemma2 = original_class(attention).__name__ == "Gemma2Attention"
         self.softcap = attention.attn_logit_softcapping if gemma2 else None
-        self.qkv, self.output, self.gate_up, self.down = (
-            Projection(part, self.backend) for part in linears
+        sizes = [n * self.head_dim for n in self.heads], None, [mlp.down_proj.in_features] * 2, None
+        self.qkv, self.output, self.gate_up, self.down = map(
+            Projection, linears, sizes, [self.backend] * 4
         )
-        for part in linears:
-            self.places += [(m._buffers, "weight", m.weight) for m in part if m._buffers]
+        for linear in (linear for part in linears for linear in part):
+            if isinstance(linear, QuantLinear):
+                self._note(linear._buffers, "weight", linear.weight)
         return True
 
     def attend(self, y, shape, x, mask, position_embeddings, past_key_values):
         """The heads' results ``[T, H * D]`` of the normalized tokens `y`."""
         rows, dim = len(x), self.head_dim
-        sizes = [n * dim for n in self.heads]
-        q, k, v = (part.unflatten(1, (-1, dim)) for part in self.qkv(y, x, sizes))
+        q, k, v = (part.view(rows, -1, dim) for part in self.qkv(y, x))
         if self.q_norm is not None:
             q = self.q_norm.forward(q)
         if self.k_norm is not None:
             k = self.k_norm.forward(k)
         cos_sin, positions, starts, page = _rotation(position_embeddings, shape)
         # To the op one sequence and a cache of one page, in which it leaves k and v.
-        keys, values = torch.empty((2, 1, rows, self.heads[1], dim), dtype=x.dtype)
+        keys, values = torch.empty((2, 1, rows, self.heads[1], dim), dtype=x.dtype).unbind()
         q = rope_cache(
             q, k, v, cos_sin, positions, keys, values, cu_seqlens_q=starts, page_table=page,
             backend=self.backend,
         )  # fmt: skip
-        keys, values = (c.view(*shape, -1, dim).transpose(1, 2) for c in (keys, values))
-        if past_key_values is not None:
-            keys, values = past_key_values.update(keys, values, self.attention.layer_idx)
         q = q.view(*shape, -1, dim)
+        if shape[0] > 1:
+            keys, values = keys.view(*shape, -1, dim), values.view(*shape, -1, dim)
+        keys, values = keys.transpose(1, 2), values.transpose(1, 2)
+        if past_key_values is not None:
+            keys, values = past_key_values.update(keys, values, self.layer)
         return attend(
-            q, keys, values, mask, causal=self.causal, scale=self.attention.scaling,
-            window=self.window, softcap=self.softcap, backend=self.backend,
+            q, keys, values, mask, causal=self.causal, scale=self.scale, window=self.window,
+            softcap=self.softcap, backend=self.backend,
         ).view(rows, -1)  # fmt: skip
 
 
 class Projection:
-    """Linear layers of one input."""
+    """Linear layers of one input, whose outputs have `sizes`; None: of a single one."""
 
-    def __init__(self, linears, backend):
-        self.linears, self.backend = linears, backend
-        quants = [m.quant if isinstance(m, QuantLinear) else None for m in linears]
-        groups = {quant and quant.packed_group_size for quant in quants}
+    def __init__(self, linears, sizes, backend):
+        self.linears, self.sizes, self.backend = linears, sizes, backend
+        self.quants = [m.quant if isinstance(m, QuantLinear) else None for m in linears]
+        self.biased = linears[0].bias is not None
+        groups = {quant and quant.packed_group_size for quant in self.quants}
         # The groups that the op before may round its result in, for all of these.
         self.group_size = groups.pop() if len(groups) == 1 else None
-        self.fused = fuse(linears) if self.group_size and len(linears) > 1 else None
+        alike = self.group_size and len({m.bias is None for m in linears}) == 1
+        self.fused = fuse(linears) if alike and len(linears) > 1 else None
 
-    def __call__(self, y, x, sizes=None):
-        """The products, in the dtype of `x`; as many as there are sizes, one without."""
+    def __call__(self, y, x):
+        """The products, in the dtype of `x`."""
+        biases = [m._parameters["bias"] for m in self.linears]
         if self.fused is not None:
-            biases = [m.bias for m in self.linears]
-            bias = None if biases[0] is None else torch.cat(biases).float()
-            return _quant_product(y, self.fused, bias, x, self.backend).split(sizes, 1)
-        products = [
-            _quant_product(y, m.quant, m.bias, x, self.backend)
-            if isinstance(m, QuantLinear)
-            else multiply(y, m.weight, m.bias, self.backend)
-            for m in self.linears
-        ]
-        if sizes is None:
+            bias = torch.cat(biases) if self.biased else None
+            products = [_quant_product(y, self.fused, bias, x, self.backend)]
+        else:
+            products = [
+                multiply(y, linear.weight, bias, self.backend)
+                if quant is None
+                else _quant_product(y, quant, bias, x, self.backend)
+                for linear, quant, bias in zip(self.linears, self.quants, biases, strict=True)
+            ]
+        if self.sizes is None:
             return products[0]
-        return products[0].split(sizes, 1) if len(products) == 1 else products
+        return (
+            torch.split_with_sizes(products[0], self.sizes, 1) if len(products) == 1 else products
+        )
 
 
 def _quant_product(y, weight, bias, x, backend):
