@@ -2,19 +2,23 @@
 
 import importlib
 
-from pyllm.nn.linear import Embedding, FusedLinear
+from pyllm.nn.linear import Embedding, FusedLinear, Linear
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.rotary import rotary_table
 
 # What the engine does not need is imported on first use.
 _LAZY = {
+    "Attention": "pyllm.nn.attention",
+    "GeGLU": "pyllm.nn.mlp",
+    "MultiheadAttention": "pyllm.nn.attention",
     "PatchReport": "pyllm.nn.report",
     "QuantLinear": "pyllm.nn.quant_linear",
+    "SwiGLU": "pyllm.nn.mlp",
     "patch": "pyllm.nn.patching",
     "unpatch": "pyllm.nn.patching",
 }
 
-__all__ = ["Embedding", "FusedLinear", "LayerNorm", "RMSNorm", "rotary_table", *_LAZY]
+__all__ = ["Embedding", "FusedLinear", "LayerNorm", "Linear", "RMSNorm", "rotary_table", *_LAZY]
 
 
 def __getattr__(name):

@@ -6,10 +6,12 @@ imports transformers.
 
 from torch import nn
 
-from pyllm.nn.activation import Activation, gated, gated_kind
+from pyllm.nn.activation import Activation
+from pyllm.nn.attention import Encoder, EncoderLayer, MultiheadAttention
 from pyllm.nn.decoder import DecoderLayer
 from pyllm.nn.encoders import AddNorm, DistilBertBlock, RaggedEncoder, T5GatedMLP
 from pyllm.nn.linear import Linear
+from pyllm.nn.mlp import FusedGatedMLP, GatedMLP
 from pyllm.nn.norm import LayerNorm, RMSNorm
 from pyllm.nn.swap import Swapped, Unfit, original_class
 from pyllm.ops import rms_norm
@@ -46,31 +48,6 @@ def _eps(module):
     raise Unfit("expected an attribute variance_epsilon or eps")
 
 
-class GatedMLP(Swapped):
-    """``down(activation(gate(x)) * up(x))``."""
-
-    @classmethod
-    def settings(cls, module):
-        return {"pyllm_kind": gated_kind(module, "act_fn", "gate_proj", "up_proj", "down_proj")}
-
-    def forward(self, x):
-        y = gated(self.pyllm_kind, self.gate_proj(x), self.up_proj(x), backend=self.backend)
-        return self.down_proj(y)
-
-
-class FusedGatedMLP(Swapped):
-    """The same with gate and up in one matrix, gate first (Phi-3)."""
-
-    @classmethod
-    def settings(cls, module):
-        kind = gated_kind(module, "activation_fn", "gate_up_proj", "down_proj")
-        return {"pyllm_kind": kind}
-
-    def forward(self, x):
-        gate, up = self.gate_up_proj(x).chunk(2, dim=-1)
-        return self.down_proj(gated(self.pyllm_kind, gate, up, backend=self.backend))
-
-
 # Of torch: only the class itself, not subclasses, which may compute something else.
 # class -> (parts, the class that it is swapped to)
 TORCH = {
@@ -79,6 +56,9 @@ TORCH = {
     nn.RMSNorm: ("norms", RMSNorm),
     nn.GELU: ("mlp", Activation),
     nn.ReLU: ("mlp", Activation),
+    nn.MultiheadAttention: ("attention", MultiheadAttention),
+    nn.TransformerEncoderLayer: ("attention norms mlp", EncoderLayer),
+    nn.TransformerEncoder: ("attention norms mlp", Encoder),
 }
 
 # Of transformers: name of the class -> (parts, the class that is put before it)

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from pyllm.nn import families
+from pyllm.nn.attention import Encoder, in_one_call
 from pyllm.nn.linear import Linear
 from pyllm.nn.quant_linear import QuantLinear
 from pyllm.nn.report import Left, PatchReport, Replaced
@@ -95,8 +96,7 @@ def patch(model, attention=True, norms=True, mlp=True, linear=None, backend=None
         return PatchReport(report.replaced, report.left, report.notes, already=True)
     _check(model)
     plan = _Plan(options)
-    for name, module in model.named_modules():
-        _plan_swap(plan, name, module)
+    _plan_swaps(plan, model)
     if options["attention"]:
         _plan_attention(plan, model)
     if linear is not None:
@@ -128,6 +128,19 @@ def unpatch(model) -> None:
     object.__delattr__(model, _RECORD)
 
 
+def _plan_swaps(plan, model):
+    whole = None
+    for name, module in model.named_modules():
+        if whole is not None and name.startswith(whole):
+            continue
+        is_layer = type(module) is nn.TransformerEncoderLayer
+        if is_layer and plan.options["linear"] is None and in_one_call(module):
+            plan.left.append(Left(name, _name(type(module)), "torch computes it in one call"))
+            whole = f"{name}." if name else ""
+        else:
+            _plan_swap(plan, name, module)
+
+
 def _plan_swap(plan, name, module):
     found = families.swap_for(module)
     if found is None:
@@ -135,7 +148,8 @@ def _plan_swap(plan, name, module):
     parts, cls = found
     if not all(plan.options[part] for part in parts.split()) or isinstance(module, cls):
         return
-    if cls is Linear and plan.options["linear"] is not None:
+    quantized = plan.options["linear"] is not None
+    if (cls is Linear and quantized) or (cls is Encoder and not quantized):
         return
     try:
         settings = cls.settings(module) if issubclass(cls, Swapped) else {}
