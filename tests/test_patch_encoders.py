@@ -43,6 +43,9 @@ VIT = {
 FAMILIES = {
     "bert": ("BertForMaskedLM", "Bert", BERT, 16),
     "roberta": ("RobertaForMaskedLM", "Roberta", BERT, 15),
+    "xlm-roberta": ("XLMRobertaForMaskedLM", "XLMRoberta", BERT, 15),
+    "camembert": ("CamembertForMaskedLM", "Camembert", BERT, 15),
+    "electra": ("ElectraForMaskedLM", "Electra", {**BERT, "embedding_size": 32}, 16),
     "distilbert": ("DistilBertForMaskedLM", "DistilBert", DISTILBERT, 14),
     "t5": ("T5ForConditionalGeneration", "T5", T5, 22),
     "t5 gated": (
@@ -53,7 +56,8 @@ FAMILIES = {
     "whisper": ("WhisperForConditionalGeneration", "Whisper", WHISPER, 22),
     "vit": ("ViTForImageClassification", "ViT", VIT, 9),
 }  # fmt: skip
-RAGGED = ("bert", "roberta", "distilbert")
+BERTS = ("bert", "roberta", "xlm-roberta", "camembert", "electra")
+RAGGED = (*BERTS, "distilbert")
 SEQ2SEQ = ("t5", "t5 gated", "bart", "marian", "whisper")
 
 

@@ -61,6 +61,9 @@ TORCH = {
     nn.TransformerEncoder: ("attention norms mlp", Encoder),
 }
 
+# Families whose modules are BERT's under other names.
+_BERT = ("Bert", "Roberta", "XLMRoberta", "Camembert", "Electra")
+
 # Of transformers: name of the class -> (parts, the class that is put before it)
 HUGGING_FACE = {
     **dict.fromkeys(
@@ -82,10 +85,12 @@ HUGGING_FACE = {
     "Phi3MLP": ("mlp", FusedGatedMLP),
     "T5DenseGatedActDense": ("mlp", T5GatedMLP),
     **dict.fromkeys(
-        ["BertSelfOutput", "BertOutput", "RobertaSelfOutput", "RobertaOutput"], ("norms", AddNorm)
+        [f"{n}{part}" for n in _BERT for part in ("SelfOutput", "Output")], ("norms", AddNorm)
     ),
     "TransformerBlock": ("norms", DistilBertBlock),
-    **dict.fromkeys(["BertEncoder", "RobertaEncoder", "Transformer"], ("attention", RaggedEncoder)),
+    **dict.fromkeys(
+        [*(f"{name}Encoder" for name in _BERT), "Transformer"], ("attention", RaggedEncoder)
+    ),
     **dict.fromkeys(
         [
             "LlamaDecoderLayer",
@@ -108,7 +113,7 @@ HUGGING_FACE = {
 ATTENTION = {
     "LlamaAttention", "MistralAttention", "Qwen2Attention", "Qwen3Attention", "Gemma2Attention",
     "Gemma3Attention", "Phi3Attention", "GPT2Attention", "GPTNeoXAttention", "OPTAttention",
-    "BertSelfAttention", "BertCrossAttention", "RobertaSelfAttention", "RobertaCrossAttention",
+    *(f"{name}{kind}Attention" for name in _BERT for kind in ("Self", "Cross")),
     "DistilBertSelfAttention", "T5Attention", "BartAttention", "MarianAttention",
     "WhisperAttention", "ViTAttention",
 }  # fmt: skip
