@@ -4,7 +4,17 @@ import json
 import os
 from pathlib import Path
 
-from . import drop_in, gpu_decode, models, plot, prompt_lookup, sensors, status, suite
+from . import (
+    drop_in,
+    gpu_decode,
+    models,
+    overhead,
+    plot,
+    prompt_lookup,
+    sensors,
+    status,
+    suite,
+)
 from .status import table
 
 OURS = "pyllm"
@@ -68,6 +78,11 @@ def _device(folder, files):
 def _limits(data):
     values = ", ".join(f"{k.replace('_', ' ')} {v:.0f}" for k, v in data["limits"].items())
     return [f"Measured limits: {values}.", ""]
+
+
+def _overhead(data):
+    title = f"### Calls on one row, at most {data['limit_us']:.0f} µs beside the kernel meant"
+    return [title, "", *table("|".join(overhead.HEAD), overhead.cells(data))]
 
 
 def _end_to_end(data):
@@ -164,7 +179,8 @@ def _drop_in(data):
 
 
 PARTS = {
-    "limits": _limits, "perplexity": _perplexity, "prompt_lookup": _prompt_lookup,
+    "limits": _limits, "overhead": _overhead, "perplexity": _perplexity,
+    "prompt_lookup": _prompt_lookup,
     "context": _end_to_end, "end_to_end": _end_to_end, "interference": _interference,
     "startup": _startup, "profile": _profile, "kernels": status.headline,
     "gpu_decode": _gpu_decode, "drop_in": _drop_in,

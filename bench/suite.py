@@ -10,6 +10,7 @@ from . import (
     kernels,
     limits,
     models,
+    overhead,
     perplexity,
     profile,
     prompt_lookup,
@@ -77,6 +78,7 @@ def run(
         raise ValueError(f"part: expected {', '.join(KINDS)}, got {', '.join(sorted(unknown))}")
     where = record.environment(threads, other)
     record.write(folder / "limits.json", {"limits": limits.measure(threads=threads)}, where)
+    record.write(folder / "overhead.json", overhead.measure(threads, progress=progress), where)
     path = folder / f"{KERNELS}.json"
     if (not only or KERNELS in only) and not (resume and _is_done(path)):
         where = record.environment(threads, other)

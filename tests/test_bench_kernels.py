@@ -10,7 +10,7 @@ import pytest
 import torch
 from test_bench import bench
 
-from pyllm.bench import baselines, case, kernels, limits, record, shapes, timing
+from pyllm.bench import baselines, case, kernels, limits, overhead, record, shapes, timing
 
 TINY = {"tiny": shapes.SHAPES["tiny"]}
 
@@ -228,6 +228,17 @@ def test_cells_are_readable():
     assert kernels._us(1.2345e-5) == "12.3"
     assert kernels._us(0.25) == "250000"
     assert math.isclose(timing._drift([1, 1, 2, 2]), 2.0)
+
+
+def test_overhead(tmp_path):
+    out = tmp_path / "overhead.json"
+    shown = bench("overhead", "--threads", 1, "--rounds", 2, "--out", out)
+    rows = json.loads(out.read_text())["rows"]
+    assert [row["op"] for row in rows] == list(overhead.cases())
+    for row in rows:
+        assert 0 < row["kernel_us"] < row["call_us"]
+        assert row["overhead_us"] == pytest.approx(row["call_us"] - row["kernel_us"])
+        assert row["op"].partition(",")[0] in shown
 
 
 def test_limits(tmp_path):

@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Out, Threads, app, make_console, thread_count
+from .common import Out, Rounds, Threads, app, make_console, spinner, thread_count
 
 
 @app.command()
@@ -75,6 +75,20 @@ def limits_(
         print(f"{name:>16} {value:10.1f}")
     if out:
         record.write(out, {"limits": found}, where)
+
+
+@app.command(name="overhead")
+def overhead_(threads: Threads = None, rounds: Rounds = 15, out: Out = None):
+    """What a call of each op costs beside its kernel, on one row."""
+    from .. import overhead, record
+
+    threads = thread_count(threads)
+    where = record.environment(threads)
+    with spinner() as status:
+        data = overhead.measure(threads, rounds, status.update)
+    make_console().print(overhead.table(data))
+    if out:
+        record.write(out, data, where)
 
 
 @app.command(name="kernels")

@@ -28,7 +28,7 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor q
                       group_size,
                       static_cast<Activation>(index),
                       rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
-  run(make_launch(kActivationNames[index], kernels().activation, args));
+  run(make_launch(kActivationNames[index], kernels().activation, args, x.numel() / 2));
 }
 
 }  // namespace

@@ -61,11 +61,13 @@ void fill_options(Args& a, const AttentionOptions& options) {
 }
 
 // Checks the options, fills in the arguments and launches.
-inline void run_attention(Check& c, const char* name, AttentionArgs& a,
+inline void run_attention(Check& c, const char* name, AttentionArgs& a, int64_t max_keys,
                           const AttentionOptions& options) {
   check_attention_options(c, options);
   if (a.batch == 0 || a.q.numel() == 0) return;
   fill_options(a, options);
+  // Some thirty multiplications a nanosecond, were every query to see as many keys as may be.
+  const int64_t work = a.q.numel() * max_keys * 2 / 30;
   if (options.partials.defined() && options.partials.numel() > 0) {
     const int64_t needed = a.slots() * c.dim("H") * a.max_splits * a.partial_size();
     c(options.partials, "partials", "_", {DType::F32});
@@ -73,10 +75,10 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a,
                                                       " floats, got " +
                                                       std::to_string(options.partials.numel()));
     a.partials = options.partials.as<float>();
-    run(make_launch(name, kernels().attention, a),
-        make_launch("attention_combine", kernels().attention_combine, AttentionCombineArgs{a}));
+    run(make_launch(name, kernels().attention, a, work),
+        make_launch("attention_combine", kernels().attention_combine, AttentionCombineArgs{a}, 0));
   } else {
-    run(make_launch(name, kernels().attention, a));
+    run(make_launch(name, kernels().attention, a, work));
   }
 }
 

@@ -39,7 +39,8 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor c
   a.lse = lse.as<float>();
   a.left = left;
   a.right = right;
-  run_attention(c, "flash_attention", a, {scale, softcap, alibi_slopes, sinks, partials});
+  run_attention(c, "flash_attention", a, k.shape[1],
+                {scale, softcap, alibi_slopes, sinks, partials});
 }
 
 int64_t flash_attention_partials(Tensor q, Tensor k) {

@@ -21,7 +21,7 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual
   if (!weight.defined()) weight.dtype = bias.dtype;
   LayerNormArgs args{x, weight,       bias, residual,
                      y, residual_out, eps,  rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
-  run(make_launch("layer_norm", kernels().layer_norm, args));
+  run(make_launch("layer_norm", kernels().layer_norm, args, x.numel() / 4));
 }
 
 }  // namespace

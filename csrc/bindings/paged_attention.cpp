@@ -46,7 +46,8 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
   a.max_splits = max_splits(a.max_pages * page_size);
   a.left = left;
   a.right = 0;
-  run_attention(c, "paged_attention", a, {scale, softcap, alibi_slopes, sinks, partials});
+  run_attention(c, "paged_attention", a, a.max_pages * page_size,
+                {scale, softcap, alibi_slopes, sinks, partials});
 }
 
 }  // namespace

@@ -20,8 +20,17 @@ QuantMatmulArgs split(const Tensor& q, const QuantMatrix& w, const Tensor& bias,
   return a;
 }
 
-QuantizeActivationArgs quantize_args(const Tensor& x, const Tensor& q, int group_size) {
-  return {x, q, group_size, rows_per_chunk(x.shape[0], x.shape[1])};
+Launch multiply(const Tensor& q, const QuantMatrix& w, const Tensor& bias, const Tensor& y) {
+  // A weight is read at some ten bytes a nanosecond, and multiplied by some hundred numbers.
+  return make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y),
+                     w.bytes() / 10 + w.n * w.k * q.shape[0] / 100);
+}
+
+Launch quantize(const Tensor& x, const Tensor& q, int group_size) {
+  return make_launch(
+      "quantize_activation", kernels().quantize_activation,
+      QuantizeActivationArgs{x, q, group_size, rows_per_chunk(x.shape[0], x.shape[1])},
+      x.numel() / 2);
 }
 
 void quantize_activation(Tensor x, Tensor q, int group_size) {
@@ -29,8 +38,7 @@ void quantize_activation(Tensor x, Tensor q, int group_size) {
   c(x, "x", "T K", kFloats);
   check_quantized(c, q, "out", x.shape[1], group_size);
   if (x.numel() == 0) return;
-  run(make_launch("quantize_activation", kernels().quantize_activation,
-                  quantize_args(x, q, group_size)));
+  run(quantize(x, q, group_size));
 }
 
 void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int group_size,
@@ -42,7 +50,7 @@ void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int g
   c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
   c.optional(bias, "bias", "N", {DType::F32});
   if (y.numel() == 0) return;
-  run(make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
+  run(multiply(q, w, bias, y));
 }
 
 // x is quantized into q first.
@@ -58,9 +66,7 @@ void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, in
   c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
   c.optional(bias, "bias", "N", {DType::F32});
   if (y.numel() == 0) return;
-  run(make_launch("quantize_activation", kernels().quantize_activation,
-                  quantize_args(x, q, group_size)),
-      make_launch("quant_matmul", kernels().quant_matmul, split(q, w, bias, y)));
+  run(quantize(x, q, group_size), multiply(q, w, bias, y));
 }
 
 void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int packed_group_size,

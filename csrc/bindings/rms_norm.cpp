@@ -24,7 +24,7 @@ void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Ten
   RmsNormArgs args{x,          weight,       residual,
                    y,          residual_out, quantized,
                    group_size, eps,          rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
-  run(make_launch("rms_norm", kernels().rms_norm, args));
+  run(make_launch("rms_norm", kernels().rms_norm, args, x.numel() / 4));
 }
 
 }  // namespace

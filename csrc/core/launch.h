@@ -16,12 +16,16 @@ struct Launch {
   int64_t (*count)(const std::byte* args);  // asked at run time
   void (*run)(void (*kernel)(), const std::byte* args, int64_t chunk);
   const char* name;  // for profiles
+  int64_t work;      // about how many nanoseconds a thread takes for it alone, on a fast processor
 };
+
+inline constexpr int64_t kLongWork = int64_t{1} << 40;
 
 // `Args` is plain data with `int64_t chunks() const`, which may read sizes that change between
 // replays (context lengths, say) through the pointers it holds.
 template <class Args>
-Launch make_launch(const char* name, void (*kernel)(const Args&, int64_t), const Args& args) {
+Launch make_launch(const char* name, void (*kernel)(const Args&, int64_t), const Args& args,
+                   int64_t work = kLongWork) {
   static_assert(std::is_trivially_copyable_v<Args> && sizeof(Args) <= Launch::kMaxArgs);
   Launch launch;
   std::memcpy(launch.args, &args, sizeof(Args));
@@ -31,6 +35,7 @@ Launch make_launch(const char* name, void (*kernel)(const Args&, int64_t), const
     reinterpret_cast<void (*)(const Args&, int64_t)>(k)(*reinterpret_cast<const Args*>(a), chunk);
   };
   launch.name = name;
+  launch.work = work;
   return launch;
 }
 

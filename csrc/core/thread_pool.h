@@ -5,7 +5,7 @@
 // thread has come by: a thread that lost its core holds back the chunk that it was in and nothing
 // else, and one that is still asleep holds back nothing. Whoever finishes the last chunk opens the
 // next launch. Waiting spins for some microseconds and then sleeps, which hands the core to whoever
-// needs it.
+// needs it. A job shorter than it takes to wake threads that sleep is done by the caller alone.
 #pragma once
 #include <atomic>
 #include <chrono>
@@ -39,6 +39,8 @@ class ThreadPool {
   void worker(int thread);
   void work(int thread, uint32_t phase);
   void advance(uint32_t phase, size_t index);
+  void run_alone(const Launch* launches, size_t n, int64_t* ns);
+  bool worth_waking(const Launch* launches, size_t n);
 
   // What a thread has left of its run of chunks; a cache line each, so that taking a chunk of one's
   // own touches nobody else's line. `next` is phase << 32 | chunk: whoever takes a chunk with the
@@ -59,11 +61,13 @@ class ThreadPool {
   size_t index_ = 0;      // of the open launch
   int64_t n_chunks_ = 0;  // that it has
   int64_t* ns_ = nullptr;
+  std::chrono::steady_clock::time_point last_short_;  // when a job that woke nobody ended
   std::chrono::steady_clock::time_point opened_;
 
   alignas(64) std::atomic<uint32_t> phase_{0};  // changes when a launch opens or the job is over
   std::atomic<bool> running_{false};
   std::atomic<bool> quit_{false};
+  std::atomic<int> asleep_{0};                // threads that are not spinning
   alignas(64) std::atomic<int64_t> done_{0};  // chunks of the open launch
 };
 

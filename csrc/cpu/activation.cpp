@@ -5,6 +5,7 @@
 #include <type_traits>
 
 #include "cpu/quantize_row.h"
+#include "cpu/row.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -49,11 +50,11 @@ struct GeluTanh {
 
 template <class F, class T>
 void apply_row(const T* x, const T* up, T* y, int64_t n) {
-  for (int64_t i = 0; i < n; i += kLanes) {
-    f32x16 v = F::apply(load_n(x + i, n - i));
-    if (up) v = v * load_n(up + i, n - i);
-    store_n(y + i, v, n - i);
-  }
+  over_row(n, [&](int64_t i, int64_t left) PYLLM_LAMBDA {
+    f32x16 v = F::apply(load_n(x + i, left));
+    if (up) v = v * load_n(up + i, left);
+    store_n(y + i, v, left);
+  });
 }
 
 template <class F, class T>

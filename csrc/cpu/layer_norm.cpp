@@ -5,7 +5,7 @@
 
 #include <cmath>
 
-#include "cpu/simd.h"
+#include "cpu/row.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -14,35 +14,35 @@ template <class T, class W>
 void normalize_row(const LayerNormArgs& a, int64_t t, int64_t h) {
   const int64_t d = a.x.shape[2];
   const T* source = a.x.row<T>(t, h);
-  f32x16 sum = zero();
+  float sum;
   if (a.residual.defined()) {
     const T* residual = a.residual.row<T>(t, h);
     T* total = a.residual_out.row<T>(t, h);
-    for (int64_t i = 0; i < d; i += kLanes) {
-      store_n(total + i, load_n(source + i, d - i) + load_n(residual + i, d - i), d - i);
-      sum = sum + load_n(total + i, d - i);  // what is normalized is what was stored: rounded to T
-    }
+    sum = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+      store_n(total + i, load_n(source + i, n) + load_n(residual + i, n), n);
+      return s + load_n(total + i, n);  // what is normalized is what was stored: rounded to T
+    });
     source = total;
   } else {
-    for (int64_t i = 0; i < d; i += kLanes) sum = sum + load_n(source + i, d - i);
+    sum = sum_over_row(
+        d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA { return s + load_n(source + i, n); });
   }
-  const float mean = reduce_add(sum) / static_cast<float>(d);
+  const float mean = sum / static_cast<float>(d);
   const f32x16 center = splat(mean);
-  f32x16 squares = zero();
-  for (int64_t i = 0; i < d; i += kLanes) {
-    const f32x16 v = load_n(source + i, d - i, mean) - center;
-    squares = fma(v, v, squares);
-  }
-  const f32x16 scale = splat(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(d) + a.eps));
+  const float squares = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+    const f32x16 v = load_n(source + i, n, mean) - center;
+    return fma(v, v, s);
+  });
+  const f32x16 scale = splat(1.0f / std::sqrt(squares / static_cast<float>(d) + a.eps));
   const W* weight = a.weight.as<W>();
   const W* bias = a.bias.as<W>();
   T* y = a.y.row<T>(t, h);
-  for (int64_t i = 0; i < d; i += kLanes) {
-    f32x16 v = (load_n(source + i, d - i) - center) * scale;
-    if (weight) v = v * load_n(weight + i, d - i);
-    if (bias) v = v + load_n(bias + i, d - i);
-    store_n(y + i, v, d - i);
-  }
+  over_row(d, [&](int64_t i, int64_t n) PYLLM_LAMBDA {
+    f32x16 v = (load_n(source + i, n) - center) * scale;
+    if (weight) v = v * load_n(weight + i, n);
+    if (bias) v = v + load_n(bias + i, n);
+    store_n(y + i, v, n);
+  });
 }
 
 }  // namespace

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "cpu/quantize_row.h"
+#include "cpu/row.h"
 
 namespace pyllm::PYLLM_ISA {
 namespace {
@@ -20,18 +21,17 @@ void normalize_row(const RmsNormArgs& a, int64_t t, int64_t h) {
     residual = a.residual.row<T>(t, h);
     sum_out = a.residual_out.row<T>(t, h);
   }
-  f32x16 squares = zero();
-  for (int64_t i = 0; i < d; i += kLanes) {
-    f32x16 v = load_n(x + i, d - i);
+  const float squares = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+    f32x16 v = load_n(x + i, n);
     if (residual) {
-      v = v + load_n(residual + i, d - i);
-      store_n(sum_out + i, v, d - i);
+      v = v + load_n(residual + i, n);
+      store_n(sum_out + i, v, n);
       // What is normalized is what was stored: rounded to T.
-      if constexpr (sizeof(T) < 4) v = load_n(sum_out + i, d - i);
+      if constexpr (sizeof(T) < 4) v = load_n(sum_out + i, n);
     }
-    squares = fma(v, v, squares);
-  }
-  const f32x16 scale = splat(1.0f / std::sqrt(reduce_add(squares) / static_cast<float>(d) + a.eps));
+    return fma(v, v, s);
+  });
+  const f32x16 scale = splat(1.0f / std::sqrt(squares / static_cast<float>(d) + a.eps));
   const T* source = residual ? sum_out : x;
   const W* weight = a.weight.as<W>();
   if (a.quantized.defined()) {
@@ -40,8 +40,9 @@ void normalize_row(const RmsNormArgs& a, int64_t t, int64_t h) {
                            [=](int64_t i) { return load(source + i) * scale * load(weight + i); });
   }
   T* y = a.y.row<T>(t, h);
-  for (int64_t i = 0; i < d; i += kLanes)
-    store_n(y + i, load_n(source + i, d - i) * scale * load_n(weight + i, d - i), d - i);
+  over_row(d, [&](int64_t i, int64_t n) PYLLM_LAMBDA {
+    store_n(y + i, load_n(source + i, n) * scale * load_n(weight + i, n), n);
+  });
 }
 
 }  // namespace

@@ -74,6 +74,14 @@ PYLLM_INLINE f32x16 load(const int8_t* p) {
 }
 PYLLM_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
 PYLLM_INLINE void store(bf16* p, f32x16 a) {
+  // The instruction that rounds takes subnormals for zeros.
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(!_mm512_fpclass_ps_mask(a.v, kSubnormal), 1)) {
+    const __m256bh h = _mm512_cvtneps_pbh(a.v);
+    __m256i bits;
+    std::memcpy(&bits, &h, sizeof(bits));
+    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+  }
   const __m512i u = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
