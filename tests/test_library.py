@@ -2,13 +2,18 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from cases import rand
+from compare import EPS as EPS_OF
 from compare import assert_close
+from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from pyllm import ops
+from pyllm.ops import quantize_activation
 from pyllm.ops.library import dispatches
 from pyllm.ops.registry import use
+from pyllm.quant import QuantTensor
 
 EPS = 1e-5
 
@@ -17,10 +22,14 @@ def leaf(*shape, seed=0, dtype=torch.float32):
     return rand(*shape, seed=seed).to(dtype).requires_grad_()
 
 
+def at_least_float(x):
+    """What must be float32, or float64 with all the others."""
+    return x if x.dtype == torch.float64 else x.float()
+
+
 def norm_case(op, parameters, residual=False):
-    """Of a norm: what calls it, its inputs, and what PyTorch calls so."""
     names = ["x", *(["residual"] if residual else []), *parameters]
-    shapes = [(32,) if name in ("weight", "bias") else (3, 5, 32) for name in names]
+    shapes = [(32,) if name in ("weight", "bias") else (3, "L", 32) for name in names]
 
     def call(*tensors, backend=None):
         return getattr(ops, op)(**dict(zip(names, tensors, strict=True)), eps=EPS, backend=backend)
@@ -29,14 +38,65 @@ def norm_case(op, parameters, residual=False):
         given = dict(zip(names, tensors, strict=True))
         x = given.pop("x")
         total = x + given.pop("residual") if residual else x
-        y = getattr(torch.nn.functional, op)(total, (32,), **given, eps=EPS)
+        y = getattr(F, op)(total, (32,), **given, eps=EPS)
         return (y, total) if residual else y
 
     return call, shapes, formula
 
 
-# name -> (function of tensors and backend=, shapes of the tensors, the same in plain PyTorch); all
-# tensors can be differentiated.
+def activation_case(op, formula, n=1):
+    return lambda *t, backend=None: op(*t, backend=backend), [(3, "L", 32)] * n, formula
+
+
+def attention_case(heads=4, names=(), lengths=None, **options):
+    """Attention of these heads, 2 of keys and values; ragged with sequences of these lengths."""
+    shapes = [(3, "L", h, 8) if lengths is None else (sum(lengths), h, 8) for h in (heads, 2, 2)]
+    of_name = {"bias": (1, heads, "L", "L"), "sinks": (heads,)}
+    shapes += [of_name[name] for name in names]
+    lse = options.get("return_lse", False)
+    ragged = {}
+    if lengths is not None:
+        cu_seqlens = torch.tensor([0, *lengths]).cumsum(0).int()
+        ragged = {"cu_seqlens_q": cu_seqlens, "cu_seqlens_k": cu_seqlens}
+
+    def call(q, k, v, *rest, backend=None):
+        tensors = {n: at_least_float(t) for n, t in zip(names, rest, strict=True)}
+        return ops.flash_attention(q, k, v, **tensors, **ragged, **options, backend=backend)
+
+    def formula(q, k, v, *rest):
+        given = dict(zip(names, rest, strict=True))
+        if lengths is not None:
+            parts = zip(*(t.split(lengths) for t in (q, k, v)), strict=True)
+            return torch.cat([one(*(t[None] for t in part), **given)[0][0] for part in parts])
+        return one(q, k, v, **given)[: 1 + lse] if lse else one(q, k, v, **given)[0]
+
+    def one(q, k, v, bias=None, sinks=None):
+        k, v = (t.repeat_interleave(heads // 2, 2) for t in (k, v))
+        logits = torch.einsum("bqhd,bkhd->bhqk", q, k) * 8**-0.5
+        if softcap := options.get("softcap"):
+            logits = softcap * torch.tanh(logits / softcap)
+        if bias is not None:
+            logits = logits + bias
+        distance = torch.arange(q.shape[1])[:, None] - torch.arange(k.shape[1])
+        hidden = torch.zeros_like(distance, dtype=torch.bool)
+        if options.get("causal"):
+            hidden |= distance < 0
+        if window := options.get("window"):
+            hidden |= distance >= window
+        logits = logits.masked_fill(hidden, float("-inf"))
+        if sinks is not None:
+            logits = torch.cat((logits, sinks[:, None, None].expand(*logits.shape[:3], 1)), -1)
+        weights = logits.softmax(-1)[..., : k.shape[1]]
+        return torch.einsum("bhqk,bkhd->bqhd", weights, v), logits.logsumexp(-1).transpose(1, 2)
+
+    return call, shapes, formula
+
+
+QUANT = QuantTensor.from_float(rand(24, 32, seed=7), bits=4)
+IDS = torch.tensor([3, 0, 3, 7], dtype=torch.int32)
+
+# name -> (function of tensors and backend=, shapes of the tensors, the same in plain PyTorch). "L"
+# is a length, dynamic where something is traced. All tensors can be differentiated.
 DIFFERENTIABLE = {
     "rms_norm": norm_case("rms_norm", ["weight"]),
     "rms_norm of a sum": norm_case("rms_norm", ["weight"], residual=True),
@@ -44,29 +104,94 @@ DIFFERENTIABLE = {
     "layer_norm without parameters": norm_case("layer_norm", []),
     "layer_norm with a bias": norm_case("layer_norm", ["bias"]),
     "layer_norm of a sum": norm_case("layer_norm", ["weight", "bias"], residual=True),
-}
+    "flash_attention": attention_case(return_lse=True),
+    "flash_attention, causal": attention_case(causal=True, softcap=2.0, window=3),
+    "flash_attention, biased": attention_case(names=("bias", "sinks")),
+    "flash_attention, ragged": attention_case(lengths=(5, 0, 7), causal=True),
+    "relu": activation_case(ops.relu, F.relu),
+    "gelu": activation_case(ops.gelu, F.gelu),
+    "silu_mul": activation_case(ops.silu_mul, lambda x, y: F.silu(x) * y, 2),
+    "gelu_mul": activation_case(
+        lambda *t, backend: ops.gelu_mul(*t, "tanh", backend=backend),
+        lambda x, y: F.gelu(x, approximate="tanh") * y, 2,
+    ),
+    "matmul": (
+        lambda x, w, b, backend=None: ops.matmul(x, w, at_least_float(b), backend=backend),
+        [(3, "L", 32), (24, 32), (24,)], F.linear,
+    ),
+    "quant_matmul": (
+        lambda x, b, backend=None: ops.quant_matmul(x, QUANT, at_least_float(b), backend=backend),
+        [(3, "L", 32), (24,)], lambda x, b: F.linear(x, QUANT.dequantize().to(x.dtype), b),
+    ),
+    "embedding": (
+        lambda w, backend=None: ops.embedding(IDS, w, backend=backend),
+        [(9, 16)], lambda w: F.embedding(IDS, w),
+    ),
+}  # fmt: skip
 differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
-
-x, residual, weight, bias = rand(3, 5, 32), rand(3, 5, 32, seed=1), rand(32, seed=2), rand(32)
-# Arguments of torch.ops.pyllm.<op>; the differentiable ones are checked with leaves.
-OPS = [
-    ("rms_norm", x, weight, EPS, None),
-    ("add_rms_norm", x, residual, weight, EPS, None),
-    ("rms_norm_backward", residual, x, weight, None, EPS, None),
-    ("rms_norm_backward", residual, x, weight, residual, EPS, None),
-    ("layer_norm", x, weight, bias, EPS, None),
-    ("layer_norm", x, None, None, EPS, None),
-    ("add_layer_norm", x, residual, weight, bias, EPS, None),
-    ("layer_norm_backward", residual, x, weight, residual, EPS, None),
-    ("layer_norm_backward", residual, x, None, None, EPS, None),
-]
+# Those whose derivative is PyTorch's can be differentiated on.
+TWICE = {"relu", "gelu", "silu_mul", "gelu_mul", "matmul", "embedding"}
 
 
-@pytest.mark.parametrize(
-    ("op", "arguments"), [(op, rest) for op, *rest in OPS], ids=[case[0] for case in OPS]
-)
+def leaves(shapes, dtype=torch.float32, length=5):
+    sizes = [[length if size == "L" else size for size in shape] for shape in shapes]
+    return [leaf(*size, seed=i, dtype=dtype) for i, size in enumerate(sizes)]
+
+
+def opcheck_cases():
+    x, residual, weight, bias = rand(3, 5, 32), rand(3, 5, 32, seed=1), rand(32, seed=2), rand(32)
+    q, k = rand(2, 5, 4, 8), rand(2, 6, 2, 8, seed=1)
+    tokens, keys, cu_seqlens = (
+        rand(11, 4, 8),
+        rand(11, 2, 8, seed=1),
+        torch.tensor([0, 4, 11]).int(),
+    )
+    sides = (0.3, -1, 0, 0.0, None)
+    bias4, lse = rand(1, 4, 5, 6), rand(2, 5, 4).abs() + 3
+    quantized = QUANT.packed, 24, 32, 4, 32, True, False
+    cache = torch.zeros(4, 8, 2, 8)
+    table = torch.tensor([[2, 0], [1, 3]], dtype=torch.int32)
+    positions = torch.tensor([*range(4), *range(7)], dtype=torch.int32)
+    lens = torch.tensor([4, 7], dtype=torch.int32)
+    yield "rms_norm", x, weight, EPS, None
+    yield "add_rms_norm", x, residual, weight, EPS, None
+    yield "rms_norm_backward", residual, x, weight, None, EPS, None
+    yield "rms_norm_backward", residual, x, weight, residual, EPS, None
+    yield "layer_norm", x, weight, bias, EPS, None
+    yield "layer_norm", x, None, None, EPS, None
+    yield "add_layer_norm", x, residual, weight, bias, EPS, None
+    yield "layer_norm_backward", residual, x, weight, residual, EPS, None
+    yield "layer_norm_backward", residual, x, None, None, EPS, None
+    yield "flash_attention", q, k, k, None, None, None, None, None, *sides
+    yield "flash_attention", q, k, k, None, None, None, bias4, rand(4), *sides
+    yield "flash_attention", tokens, keys, keys, cu_seqlens, cu_seqlens, None, None, None, *sides
+    yield "flash_attention_backward", q, q, k, k, *[None] * 3, bias4, rand(4), q, lse, lse, *sides
+    yield "flash_attention_backward", q, q, k, k, *[None] * 5, q, lse, None, *sides
+    yield "activation", "gelu", x, None
+    yield "gated_activation", "silu", x, residual, None
+    yield "matmul", x, rand(24, 32), rand(24), None
+    yield "matmul", x, rand(24, 32), None, None
+    yield "quant_matmul", x, *quantized, rand(24), None, None
+    yield "quant_matmul", quantize_activation(x).data, *quantized, None, 32, None
+    yield "quant_matmul_backward", rand(3, 5, 24), *quantized, None
+    yield "quantize_activation", x, 32, None
+    yield "embedding", IDS, rand(9, 16), None
+    yield "quant_embedding", IDS, *quantized, None
+    yield ("rope_cache", tokens, keys, keys, rand(9, 8), positions, cache, cache.clone(),
+           cu_seqlens, table, False, None)  # fmt: skip
+    yield ("paged_attention", tokens, cache, cache, cu_seqlens, table, lens, *[None] * 4, *sides)
+    yield "sample", rand(2, 9), rand(2).abs(), *[None] * 11, True, None
+    yield "sample", rand(2, 9), *[None] * 12, False, None
+
+
+# Ops that no derivative goes through, and derivatives.
+CONSTANT = {"rope_cache", "paged_attention", "sample", "quantize_activation", "quant_embedding"}
+CASES = [(op, rest) for op, *rest in opcheck_cases()]
+
+
+@pytest.mark.parametrize(("op", "arguments"), CASES, ids=[op for op, _ in CASES])
 def test_opcheck(op, arguments):
-    if not op.endswith("_backward"):
+    if not op.endswith("_backward") and op not in CONSTANT:
         arguments = [
             a.clone().requires_grad_() if isinstance(a, torch.Tensor) and a.is_floating_point()
             else a for a in arguments
@@ -74,28 +199,42 @@ def test_opcheck(op, arguments):
     assert set(opcheck(getattr(torch.ops.pyllm, op).default, arguments).values()) == {"SUCCESS"}
 
 
-def leaves(shapes, dtype=torch.float32):
-    return [leaf(*shape, seed=i, dtype=dtype) for i, shape in enumerate(shapes)]
+def test_all_ops_are_checked():
+    registered = {
+        name.removeprefix("pyllm::").partition(".")[0]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("pyllm::")
+    }
+    assert registered == {op for op, _ in CASES}
 
 
 def as_tuple(result):
     return result if isinstance(result, tuple) else (result,)
 
 
+def weighted_sum(results):
+    """Of all that an op returns, so that every derivative takes part."""
+    total = 0
+    for i, r in enumerate(as_tuple(results)):
+        total = total + (r * torch.linspace(-1, 1 + i, r.numel()).to(r.dtype).view(r.shape)).sum()
+    return total
+
+
 def gradients(function, tensors):
-    """The gradients of a weighted sum of all that `function` returns."""
-    results = as_tuple(function(*tensors))
-    weights = [rand(*r.shape, seed=90 + i).to(r.dtype) for i, r in enumerate(results)]
-    loss = sum((r * w).sum() for r, w in zip(results, weights, strict=True))
-    return torch.autograd.grad(loss, tensors)
+    return torch.autograd.grad(weighted_sum(function(*tensors)), tensors)
 
 
 @differentiable
 def test_gradcheck(name):
     call, shapes, _ = DIFFERENTIABLE[name]
-    small = [shape[1:] if len(shape) > 1 else shape for shape in shapes]
-    inputs = leaves(small, torch.float64)
-    assert torch.autograd.gradcheck(lambda *t: call(*t, backend="reference"), inputs)
+    inputs = leaves([(1, *s[1:]) if "L" in s else s for s in shapes], torch.float64, length=3)
+
+    def reference(*tensors):
+        return call(*tensors, backend="reference")
+
+    assert torch.autograd.gradcheck(reference, inputs)
+    if name in TWICE:
+        assert torch.autograd.gradgradcheck(reference, inputs)
 
 
 @differentiable
@@ -105,22 +244,22 @@ def test_gradients_are_close_to_those_of_the_formula(name, dtype):
     inputs = leaves(shapes, dtype)
     actual, same_dtype = gradients(call, inputs), gradients(formula, inputs)
     exact = gradients(formula, [t.detach().double().requires_grad_() for t in inputs])
-    for i, (a, e, b) in enumerate(zip(actual, exact, same_dtype, strict=True)):
-        assert a.dtype == dtype
-        assert_close(a, e, b, what=f"gradient {i}")
+    check_close(name, actual, exact, same_dtype)
+    assert all(a.dtype == dtype for a in actual)
 
 
 @differentiable
 def test_compiles_as_one_graph_for_all_lengths(name):
     call, shapes, _ = DIFFERENTIABLE[name]
-    counter = torch._dynamo.testing.CompileCounterWithBackend("aot_eager")
+    counter = CompileCounterWithBackend("aot_eager")
     torch._dynamo.reset()
     compiled = torch.compile(call, fullgraph=True, backend=counter)
     for length in (5, 7, 12):
-        inputs = leaves([(3, length, 32) if len(shape) > 1 else shape for shape in shapes])
-        for x in inputs:
-            if x.ndim > 1:
-                torch._dynamo.mark_dynamic(x, 1)
+        inputs = leaves(shapes, length=length)
+        for x, shape in zip(inputs, shapes, strict=True):
+            for i, size in enumerate(shape):
+                if size == "L":
+                    torch._dynamo.mark_dynamic(x, i)
         for a, b in zip(gradients(compiled, inputs), gradients(call, inputs), strict=True):
             assert torch.equal(a, b)
     assert counter.frame_count == 1
@@ -129,36 +268,54 @@ def test_compiles_as_one_graph_for_all_lengths(name):
 @differentiable
 def test_torch_func(name):
     call, shapes, formula = DIFFERENTIABLE[name]
-
-    def loss(function):
-        return lambda *tensors: sum((r * r).sum() for r in as_tuple(function(*tensors)))
-
     inputs = [t.detach() for t in leaves(shapes)]
     every = tuple(range(len(inputs)))
-    in_dims = tuple(0 if t.ndim > 1 else None for t in inputs)
 
-    def sum_of_mapped(function):
-        mapped = torch.vmap(loss(function), in_dims)
-        return lambda *tensors: mapped(*tensors).sum()
+    def gradient(f):
+        return torch.func.grad(lambda *t: weighted_sum(f(*t)), every)
 
-    for transform in [
-        lambda f: torch.func.grad(loss(f), every),
-        lambda f: torch.vmap(torch.func.grad(loss(f), every), in_dims),
-        lambda f: torch.func.grad(sum_of_mapped(f), every),
-        lambda f: torch.vmap(f, in_dims),
-        lambda f: torch.vmap(f, in_dims, out_dims=1),
-    ]:
-        check_same(transform(call), transform(formula), inputs)
-    # over the last dimension of all, parameters too
-    stacked = [torch.stack((t, 2 * t, t - 1), -1) for t in inputs]
-    check_same(torch.vmap(call, -1), torch.vmap(formula, -1), stacked)
+    check_same(name, gradient(call), gradient(formula), inputs)
+    # First what depends on a length is mapped over, then parameters too.
+    for in_dims in (tuple(0 if "L" in s else None for s in shapes), (-1,) * len(inputs)):
+        if not any(dim is not None for dim in in_dims):
+            continue
+        several = [
+            t if dim is None else torch.stack((t, 2 * t, t - 1), dim)
+            for t, dim in zip(inputs, in_dims, strict=True)
+        ]
+        mapped = as_tuple(torch.vmap(call, in_dims)(*several))
+        for i in range(3):
+            one = [
+                t if dim is None else t.select(dim, i).contiguous()
+                for t, dim in zip(several, in_dims, strict=True)
+            ]
+            for a, b in zip(mapped, as_tuple(call(*one)), strict=True):
+                assert torch.equal(a[i], b)
+        check_same(
+            name,
+            torch.vmap(gradient(call), in_dims),
+            torch.vmap(gradient(formula), in_dims),
+            several,
+        )
+
+        # and the other way round
+        mapped, exact = torch.vmap(call, in_dims), torch.vmap(formula, in_dims)
+        check_same(name, gradient(mapped), gradient(exact), several)
 
 
-def check_same(function, formula, inputs):
-    actual, same_dtype = as_tuple(function(*inputs)), as_tuple(formula(*inputs))
+def check_same(name, function, formula, inputs):
     exact = as_tuple(formula(*(t.double() for t in inputs)))
-    for a, e, b in zip(actual, exact, same_dtype, strict=True):
-        assert_close(a, e, b)
+    check_close(name, as_tuple(function(*inputs)), exact, as_tuple(formula(*inputs)))
+
+
+def check_close(name, actual, exact, same_dtype):
+    for i, (a, e, b) in enumerate(zip(actual, exact, same_dtype, strict=True)):
+        floor = None
+        if name.startswith("flash"):
+            # The last place of the log-sum-exp, which is float32 and below 8 here, is a factor of
+            # all weights.
+            floor = max(EPS_OF[a.dtype], 8 * EPS_OF[torch.float32]) * max(e.abs().max().item(), 1)
+        assert_close(a, e, b, what=f"result {i}", floor=floor)
 
 
 @differentiable
@@ -169,18 +326,19 @@ def test_exports(name):
         def forward(self, *tensors):
             return call(*tensors)
 
-    inputs = leaves(shapes)
     length = torch.export.Dim("length")
-    dynamic = {"tensors": tuple({1: length} if len(s) > 1 else None for s in shapes)}
-    program = torch.export.export(Module(), tuple(inputs), dynamic_shapes=dynamic)
+    dynamic = [{i: length for i, size in enumerate(s) if size == "L"} or None for s in shapes]
+    program = torch.export.export(
+        Module(), tuple(leaves(shapes)), dynamic_shapes={"tensors": tuple(dynamic)}
+    )
     targets = {str(node.target) for node in program.graph.nodes if node.op == "call_function"}
     assert any(target.startswith("pyllm.") for target in targets)
-    other = leaves([(3, 9, 32) if len(shape) > 1 else shape for shape in shapes])
+    other = leaves(shapes, length=9)
     for a, b in zip(as_tuple(program.module()(*other)), as_tuple(call(*other)), strict=True):
         assert torch.equal(a, b)
 
 
-@differentiable
+@pytest.mark.parametrize("name", sorted(set(DIFFERENTIABLE) - TWICE))
 def test_second_derivatives_raise(name):
     call, shapes, _ = DIFFERENTIABLE[name]
     inputs = leaves(shapes)
@@ -199,11 +357,51 @@ def test_inductor(name):
                       for t in tensors))  # fmt: skip
 
     inputs = leaves(shapes)
+    torch._dynamo.reset()
     compiled = gradients(torch.compile(model, fullgraph=True), inputs)
     with use("reference"):
         exact = gradients(model, [t.detach().double().requires_grad_() for t in inputs])
-    for a, e, b in zip(compiled, exact, gradients(model, inputs), strict=True):
-        assert_close(a, e, b)
+    check_close(name, compiled, exact, gradients(model, inputs))
+
+
+@pytest.mark.parametrize("op", sorted(CONSTANT - {"quantize_activation", "quant_embedding"}))
+def test_what_has_no_derivative_says_so(op):
+    arguments = next(rest for name, rest in CASES if name == op)
+    first = arguments[0].clone().requires_grad_()
+    with pytest.raises(NotImplementedError, match=f"{op} has no"):
+        weighted_sum(getattr(torch.ops.pyllm, op)(first, *arguments[1:])).backward()
+
+
+@pytest.mark.parametrize("name", ["matmul", "quant_matmul", "flash_attention, biased"])
+def test_autocast_lowers(name):
+    call, shapes, _ = DIFFERENTIABLE[name]
+    inputs = leaves(shapes)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = call(*inputs)
+    assert y.dtype == torch.bfloat16
+    y.sum().backward()
+    assert all(x.grad.dtype == torch.float32 for x in inputs)
+
+
+def test_caches_written_under_compile():
+    arguments = next(rest for name, rest in CASES if name == "rope_cache")
+    q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens, table, *_ = arguments
+
+    def step(q, k_cache, v_cache):
+        y = ops.rope_cache(q * 2, k, v, cos_sin, positions, k_cache, v_cache,
+                           cu_seqlens_q=cu_seqlens, page_table=table)  # fmt: skip
+        lens = positions[cu_seqlens[1:] - 1] + 1
+        y = ops.paged_attention(y, k_cache, v_cache, cu_seqlens_q=cu_seqlens, page_table=table,
+                                context_lens=lens, k_scale=2.0)  # fmt: skip
+        tokens, logprobs = ops.sample(y.flatten(1))
+        return y, k_cache.sum(), tokens, logprobs
+
+    eager, compiled = ([k_cache.clone(), v_cache.clone()] for _ in range(2))
+    a = step(q, *eager)
+    b = torch.compile(step, fullgraph=True)(q, *compiled)
+    for x, y in zip((*a, *eager), (*b, *compiled), strict=True):
+        torch.testing.assert_close(x, y)
+    assert eager[0].abs().sum() > 0
 
 
 def test_an_eager_call_does_not_dispatch(monkeypatch):
@@ -244,13 +442,14 @@ def test_the_backend_that_was_asked_for_serves(op, monkeypatch):
     from pyllm.ops.registry import OPS, Op
 
     chosen = []
-    choose = Op.choose
+    implementation = Op.implementation
 
     def record(self, *arguments):
-        chosen.append((self.name, choose(self, *arguments)))
-        return chosen[-1][1]
+        function = implementation(self, *arguments)
+        chosen.append((self.name, next(b for b, f in self.backends.items() if f is function)))
+        return function
 
-    monkeypatch.setattr(Op, "choose", record)
+    monkeypatch.setattr(Op, "implementation", record)
     x, weight = leaf(3, 32), leaf(32)
     function = getattr(ops, op)
 

@@ -102,6 +102,26 @@ def _weights(logits, lse):
     return (logits - lse[..., None]).exp().masked_fill(nothing, 0)
 
 
+def sinks_gradient(sinks, lse, delta):
+    """A sink has a weight as a key has, and no value."""
+    weights = (sinks - lse).exp().masked_fill(lse == float("-inf"), 0)
+    return -(weights * delta).flatten(0, -2).sum(0).to(sinks.dtype)
+
+
+def expanded(bias, q, k):
+    """`bias` as ``[B, H, Sq, Sk]`` without a copy, if it broadcasts to that."""
+    if bias is None or q.ndim != 4 or k.ndim != 4:
+        return bias
+    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
+    try:
+        return bias.expand(shape)
+    except RuntimeError:
+        raise ValueError(
+            f"flash_attention: bias: expected what broadcasts to {list(shape)}, got "
+            f"{list(bias.shape)}"
+        ) from None
+
+
 def check_triton(op, arguments, q, keys, scale, softcap, alibi_slopes, sinks):
     """Raises ValueError for arguments that the Triton kernels cannot take.
 

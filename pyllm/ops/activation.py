@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops._norm import FLOATS, at_most_3d, flattened
 from pyllm.ops.alloc import empty_like, empty_quantized
 from pyllm.ops.registry import Op
@@ -39,7 +39,7 @@ def silu_mul(gate, up, *, quantize=None, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(gate, backend)("silu", gate, up, out, quantize)
+    return _run("silu", gate, up, quantize, out, backend)
 
 
 def gelu(x, approximate="none", *, out=None, backend=None):
@@ -57,7 +57,7 @@ def gelu(x, approximate="none", *, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together, or another `approximate`.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(x, backend)(_gelu_kind(approximate), x, None, out)
+    return _run(_gelu_kind(approximate), x, None, None, out, backend)
 
 
 def gelu_mul(gate, up, approximate="none", *, quantize=None, out=None, backend=None):
@@ -78,7 +78,7 @@ def gelu_mul(gate, up, approximate="none", *, quantize=None, out=None, backend=N
         ValueError: for shapes or dtypes that do not fit together, or another `approximate`.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(gate, backend)(_gelu_kind(approximate), gate, up, out, quantize)
+    return _run(_gelu_kind(approximate), gate, up, quantize, out, backend)
 
 
 def relu(x, *, out=None, backend=None):
@@ -95,7 +95,7 @@ def relu(x, *, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(x, backend)("relu", x, None, out)
+    return _run("relu", x, None, None, out, backend)
 
 
 def activation_backward(kind, dy, gate, up=None, *, backend=None):
@@ -121,6 +121,12 @@ def activation_backward(kind, dy, gate, up=None, *, backend=None):
             f"activation_backward: kind: expected one of {', '.join(_FUNCTIONS)}, got {kind!r}"
         )
     return _BACKWARD.implementation(gate, backend)(kind, dy, gate, up)
+
+
+def _run(kind, x, up, quantize, out, backend):
+    if library.dispatches(x, up):
+        return library.activation(kind, x, up, out, backend)
+    return _OP.implementation(x, backend)(kind, x, up, out, quantize)
 
 
 def _gelu_kind(approximate):

@@ -3,7 +3,7 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops._norm import FLOATS
 from pyllm.ops.alloc import empty
 from pyllm.ops.registry import Op
@@ -28,6 +28,8 @@ def embedding(token_ids, weight, *, out=None, backend=None):
         ValueError: for an id that does not exist, or shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
+    if library.dispatches(token_ids, weight):
+        return library.embedding(token_ids, weight, out, backend)
     return _OP.implementation(token_ids, backend)(token_ids, weight, out)
 
 

@@ -3,8 +3,16 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
-from pyllm.ops._attention import FLOATS, attend, attend_backward, check_triton, window_sides
+from pyllm.ops import device, library
+from pyllm.ops._attention import (
+    FLOATS,
+    attend,
+    attend_backward,
+    check_triton,
+    expanded,
+    sinks_gradient,
+    window_sides,
+)
 from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
 
@@ -62,10 +70,16 @@ def flash_attention(
         ValueError: for shapes, dtypes or lengths that do not fit together.
         BackendError: if `backend` cannot serve.
     """
+    scale = scale or q.shape[-1] ** -0.5
+    sides = window_sides(window, causal)
+    if library.dispatches(q, k, v, alibi_slopes, bias, sinks):
+        return library.flash_attention(
+            q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes, bias, sinks,
+            return_lse, out, backend,
+        )  # fmt: skip
     return _OP.implementation(q, backend)(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale or q.shape[-1] ** -0.5,
-        window_sides(window, causal), softcap, alibi_slopes, _expanded(bias, q, k), sinks,
-        return_lse, out,
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes,
+        expanded(bias, q, k), sinks, return_lse, out,
     )  # fmt: skip
 
 
@@ -107,30 +121,10 @@ def flash_attention_backward(
     """
     dq, dk, dv, dlogits, delta = _BACKWARD.implementation(q, backend)(
         do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale or q.shape[-1] ** -0.5,
-        window_sides(window, causal), softcap, alibi_slopes, _expanded(bias, q, k),
+        window_sides(window, causal), softcap, alibi_slopes, expanded(bias, q, k),
     )  # fmt: skip
     dbias = None if bias is None else dlogits.sum_to_size(bias.shape).to(bias.dtype)
-    return dq, dk, dv, dbias, None if sinks is None else _sinks_gradient(sinks, lse, delta)
-
-
-def _sinks_gradient(sinks, lse, delta):
-    """A sink has a weight as a key has, and no value."""
-    weights = (sinks - lse).exp().masked_fill(lse == float("-inf"), 0)
-    return -(weights * delta).flatten(0, -2).sum(0).to(sinks.dtype)
-
-
-def _expanded(bias, q, k):
-    """`bias` as ``[B, H, Sq, Sk]`` without a copy, if it broadcasts to that."""
-    if bias is None or q.ndim != 4 or k.ndim != 4:
-        return bias
-    shape = (q.shape[0], q.shape[2], q.shape[1], k.shape[1])
-    try:
-        return bias.expand(shape)
-    except RuntimeError:
-        raise ValueError(
-            f"flash_attention: bias: expected what broadcasts to {list(shape)}, got "
-            f"{list(bias.shape)}"
-        ) from None
+    return dq, dk, dv, dbias, None if sinks is None else sinks_gradient(sinks, lse, delta)
 
 
 def _sequences(cu_seqlens, *tensors):

@@ -3,6 +3,7 @@
 import torch
 
 from pyllm import _C
+from pyllm.ops import library
 from pyllm.ops.alloc import empty
 from pyllm.ops.registry import Op
 
@@ -25,6 +26,8 @@ def matmul(x, weight, bias=None, *, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
+    if library.dispatches(x, weight, bias):
+        return library.matmul(x, weight, bias, out, backend)
     return _OP.implementation(x, backend)(x, weight, bias, out)
 
 

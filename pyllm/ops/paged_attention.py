@@ -3,7 +3,7 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops._attention import FLOATS, attend, check_triton, window_sides
 from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
@@ -67,11 +67,14 @@ def paged_attention(
             is touched, and the result is of other keys.
         BackendError: if `backend` cannot serve.
     """
-    return _OP.implementation(q, backend)(
+    arguments = (
         q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale or q.shape[-1] ** -0.5,
         window_sides(window, causal=True), softcap, alibi_slopes, sinks,
         _per_head(k_scale, k_cache), _per_head(v_scale, v_cache), out,
     )  # fmt: skip
+    if library.dispatches(q, k_cache, v_cache):
+        return library.paged_attention(*arguments, backend)
+    return _OP.implementation(q, backend)(*arguments)
 
 
 def _per_head(scale, cache):

@@ -5,13 +5,14 @@ import functools
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops.alloc import empty, empty_quantized
 from pyllm.ops.matmul import as_rows, flat
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
 
 _OP = Op("quant_matmul")
+_BACKWARD = Op("quant_matmul_backward")
 _QUANTIZE = Op("quantize_activation")
 _PACK = Op("pack_fragments")
 _MAX_TILES = 1 << 16  # of 128 rows
@@ -54,6 +55,8 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     if rows and x.q.dtype != weight.q.dtype:
         raise ValueError(f"quant_matmul: weight: expected {x.q.dtype} as x, got {weight.q.dtype}")
     tensor = x.q if rows else x.data if isinstance(x, QuantActivation) else x
+    if library.dispatches(tensor, bias):
+        return library.quant_matmul(x, weight, bias, out, backend)
     return _OP.implementation(tensor, backend)(x, weight, bias, out)
 
 
@@ -84,6 +87,8 @@ def quantize_activation(x, group_size=32, *, backend=None) -> QuantActivation:
         ValueError: if `group_size` is not 16 or 32, or does not divide K.
         BackendError: if `backend` cannot serve.
     """
+    if library.dispatches(x):
+        return library.quantize_activation(x, group_size, backend)
     return _QUANTIZE.implementation(x, backend)(x, group_size)
 
 
@@ -127,6 +132,17 @@ def _reference(x, weight, bias, out):
     if bias is not None:
         y = y + bias.to(wide)
     return y.to(x.dtype) if out is None else out.copy_(y)
+
+
+@_BACKWARD.register("reference")
+def _backward_reference(dy, weight):
+    """The gradient of x, as if nothing had rounded it; of the weight some rows at a time."""
+    weight = weight.panels() if isinstance(weight, QuantFragments) else weight
+    wide = torch.promote_types(dy.dtype, torch.float32)
+    dx = dy.new_zeros((*dy.shape[:-1], weight.shape[1]), dtype=wide)
+    for begin, rows in weight.float_rows():
+        dx += dy[..., begin : begin + len(rows)].to(wide) @ rows.to(wide)
+    return dx.to(dy.dtype)
 
 
 @_OP.register("cpu")

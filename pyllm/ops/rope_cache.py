@@ -3,7 +3,7 @@
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops._norm import FLOATS
 from pyllm.ops.alloc import empty_like
 from pyllm.ops.registry import Op
@@ -58,6 +58,11 @@ def rope_cache(
             written.)
         BackendError: if `backend` cannot serve.
     """
+    if library.dispatches(q, k, v, cos_sin, k_cache, v_cache):
+        return library.rope_cache(
+            q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved,
+            out, backend,
+        )  # fmt: skip
     return _OP.implementation(q, backend)(
         q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out
     )

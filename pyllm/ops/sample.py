@@ -29,7 +29,7 @@ import math
 import torch
 
 from pyllm import _C
-from pyllm.ops import device
+from pyllm.ops import device, library
 from pyllm.ops.alloc import empty
 from pyllm.ops.registry import Op
 
@@ -85,6 +85,12 @@ def sample(
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
+    if library.dispatches(logits):
+        parameters = (
+            temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
+            frequency_penalty, seed, position, history, prompt_lens, history_lens,
+        )  # fmt: skip
+        return library.sample(logits, parameters, logprobs, out, backend)
     implementation = _OP.implementation(logits, backend)
     if out is None:
         rows = logits.shape[:1]

@@ -1,6 +1,6 @@
 """`QuantTensor`: weights of 4 or 8 bits in groups, packed once for the processor's instructions."""
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -29,7 +29,6 @@ class QuantTensor:
         bits: 4 or 8.
         group_size: 16, 32, 64 or 128, a divisor of K; or K, a multiple of 16: one group a row.
         has_minimum: whether ``m`` is stored.
-        forms: the same weight packed for other backends, by their names, kept from first use on.
     """
 
     packed: torch.Tensor
@@ -37,7 +36,6 @@ class QuantTensor:
     bits: int
     group_size: int
     has_minimum: bool
-    forms: dict = field(default_factory=dict, init=False, compare=False)
 
     @staticmethod
     def from_parts(q, scale, minimum=None, *, bits) -> "QuantTensor":
@@ -156,6 +154,19 @@ class QuantTensor:
         return QuantTensor.from_parts(torch.cat(q), torch.cat(scale), minimum, bits=tensors[0].bits)
 
     @property
+    def forms(self) -> dict:
+        """The same weight packed for other backends, by their names, kept from first use on.
+
+        It is kept with `packed`, so that whoever has these bytes has it, until they are written to.
+        """
+        packed = self.packed
+        version = None if packed.is_inference() else packed._version
+        kept = packed.__dict__.get("pyllm_forms")
+        if kept is None or kept[0] != version:
+            kept = packed.pyllm_forms = (version, {})
+        return kept[1]
+
+    @property
     def offset(self) -> int:
         """What is subtracted from a quant."""
         return 0 if self.has_minimum else 2 ** (self.bits - 1)
@@ -205,6 +216,11 @@ class QuantTensor:
         if minimum is not None:
             w += minimum.float().unsqueeze(2)
         return w.flatten(1)
+
+    def float_rows(self):
+        """Pairs of the number of a row and float32 rows from it on, of all the rows in turn."""
+        for begin in range(0, self.shape[0], _ROUNDED_ROWS):
+            yield begin, _float_rows(self, begin, min(begin + _ROUNDED_ROWS, self.shape[0]))
 
     def kernel_arguments(self):
         """What bindings take: ``(packed, N, K, bits, packed_group_size, has_minimum)``."""

@@ -5,7 +5,24 @@ does a public function take the way through here, and PyTorch's dispatcher. What
 same implementation, chosen by the same rules.
 """
 
+from pyllm.ops.library.activation import activation
+from pyllm.ops.library.attention import flash_attention
+from pyllm.ops.library.decode import paged_attention, rope_cache, sample
 from pyllm.ops.library.define import dispatches
+from pyllm.ops.library.matmul import embedding, matmul, quant_matmul, quantize_activation
 from pyllm.ops.library.norm import layer_norm, rms_norm
 
-__all__ = ["dispatches", "layer_norm", "rms_norm"]
+__all__ = [
+    "activation",
+    "dispatches",
+    "embedding",
+    "flash_attention",
+    "layer_norm",
+    "matmul",
+    "paged_attention",
+    "quant_matmul",
+    "quantize_activation",
+    "rms_norm",
+    "rope_cache",
+    "sample",
+]

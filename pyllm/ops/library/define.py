@@ -84,8 +84,9 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
         setup: ``(ctx, inputs, output)``, what the derivative needs.
         backward: ``(ctx, *gradients)``, the gradients of all inputs. Without one the op raises
             when it is differentiated: a second derivative, too, is an error and not a wrong number.
-        rows: names of the tensors with rows that do not depend on each other: vmap adds a leading
-            dimension to these. Batches of any other argument are run one after another.
+        rows: names of the tensors with rows that do not depend on each other, or what returns them
+            given the arguments: vmap adds a leading dimension to these. Batches of any other
+            argument are run one after another.
         autocast: ``(dtype, *arguments) -> arguments``, what they are cast to under autocast.
         fold: ``(batch_size, arguments) -> (arguments, unfold)`` instead of the leading dimension,
             for the tensors in `rows`.
@@ -101,7 +102,7 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
         for device_type in _AUTOCAST:
             _register_autocast(op, name, device_type, autocast)
     if op._schema.is_mutable:
-        return op
+        return _mutating(op, name)
 
     def below_autograd(*arguments):
         with torch._C._AutoDispatchBelowAutograd():
@@ -132,6 +133,26 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
     return call
 
 
+def _mutating(op, name):
+    """The op, whose derivative is refused, and whose writes autograd and views are told of."""
+    written = [i for i, a in enumerate(op._schema.arguments) if a.alias_info is not None]
+
+    def autograd(*arguments):
+        if is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+            raise NotImplementedError(f"pyllm: {name} has no derivative")
+        with torch._C._AutoDispatchBelowAutograd():
+            return op(*arguments)
+
+    def in_place(*arguments):
+        torch.autograd.graph.increment_version([arguments[i] for i in written])
+        with torch._C._AutoDispatchBelowADInplaceOrView():
+            return op(*arguments)
+
+    _LIBRARY.impl(name, autograd, "Autograd")
+    _LIBRARY.impl(name, in_place, "ADInplaceOrView")
+    return op
+
+
 def _no_derivative(name):
     def backward(ctx, *gradients):
         once = name.removesuffix("_backward")
@@ -155,15 +176,16 @@ def _register_autocast(op, name, device_type, cast):
 def _vmap(names, call, rows, fold):
     def rule(info, in_dims, *arguments):
         size = info.batch_size
-        batched = {name for name, dim in zip(names, in_dims, strict=False) if dim is not None}
-        if not batched <= set(rows):
+        batched = {name for name, dim in zip(names, in_dims, strict=True) if dim is not None}
+        leading = rows(arguments) if callable(rows) else rows
+        if not batched <= set(leading):
             results = [call(*_each(arguments, in_dims, i)) for i in range(size)]
             if isinstance(results[0], torch.Tensor):
                 return torch.stack(results), 0
             return tuple(map(torch.stack, zip(*results, strict=True))), (0,) * len(results[0])
         arguments = [
-            x if name not in rows or x is None else _leading(x, dim, size)
-            for name, dim, x in zip(names, in_dims, arguments, strict=False)
+            x if name not in leading or x is None else _leading(x, dim, size)
+            for name, dim, x in zip(names, in_dims, arguments, strict=True)
         ]
         unfold = None
         if fold is not None:
