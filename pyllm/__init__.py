@@ -17,11 +17,12 @@ _LAZY = {
     "QuantTensor": "pyllm.quant",
     "nn": "pyllm.nn",
     "ops": "pyllm.ops",
+    "sdpa": "pyllm.ops._sdpa",
     "patch": "pyllm.nn.patching",
     "unpatch": "pyllm.nn.patching",
 }
 
-__all__ = ["LLM", "QuantTensor", "__version__", "nn", "ops", "patch", "unpatch"]
+__all__ = ["LLM", "QuantTensor", "__version__", "nn", "ops", "patch", "sdpa", "unpatch"]
 
 
 def __getattr__(name):

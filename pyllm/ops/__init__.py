@@ -1,5 +1,6 @@
 """The functional API: one function an op. See `pyllm.ops.registry` for how a backend is chosen."""
 
+from pyllm.ops._sdpa import scaled_dot_product_attention
 from pyllm.ops.activation import activation_backward, gelu, gelu_mul, relu, silu_mul
 from pyllm.ops.embedding import embedding
 from pyllm.ops.flash_attention import flash_attention, flash_attention_backward
@@ -30,5 +31,6 @@ __all__ = [
     "rms_norm_backward",
     "rope_cache",
     "sample",
+    "scaled_dot_product_attention",
     "silu_mul",
 ]

@@ -70,7 +70,7 @@ def flash_attention(
         ValueError: for shapes, dtypes or lengths that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    scale = scale or q.shape[-1] ** -0.5
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     sides = window_sides(window, causal)
     if library.dispatches(q, k, v, alibi_slopes, bias, sinks):
         return library.flash_attention(
@@ -119,8 +119,9 @@ def flash_attention_backward(
         ValueError: for shapes, dtypes or lengths that do not fit together.
         BackendError: if `backend` cannot serve.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq, dk, dv, dlogits, delta = _BACKWARD.implementation(q, backend)(
-        do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale or q.shape[-1] ** -0.5,
+        do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale,
         window_sides(window, causal), softcap, alibi_slopes, expanded(bias, q, k),
     )  # fmt: skip
     dbias = None if bias is None else dlogits.sum_to_size(bias.shape).to(bias.dtype)

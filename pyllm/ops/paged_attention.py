@@ -67,8 +67,9 @@ def paged_attention(
             is touched, and the result is of other keys.
         BackendError: if `backend` cannot serve.
     """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
     arguments = (
-        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale or q.shape[-1] ** -0.5,
+        q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale,
         window_sides(window, causal=True), softcap, alibi_slopes, sinks,
         _per_head(k_scale, k_cache), _per_head(v_scale, v_cache), out,
     )  # fmt: skip
