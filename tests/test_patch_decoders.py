@@ -107,7 +107,7 @@ GENERATE = {
 @pytest.mark.parametrize("family", FAMILIES)
 def test_generate(family):
     model, inputs = make(family), prompts(5, 9)
-    options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
+    options = {"max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
     expected = {n: model.generate(**inputs, **options, **way) for n, way in GENERATE.items()}
     pyllm.patch(model)
     for name, way in GENERATE.items():

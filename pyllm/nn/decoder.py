@@ -20,6 +20,7 @@ from pyllm.nn.linear import Linear, multiply
 from pyllm.nn.quant_linear import QuantLinear, fuse
 from pyllm.nn.swap import Swapped, Unfit, original_class
 from pyllm.ops import quant_matmul, rope_cache
+from pyllm.ops.library import dispatches
 
 _IMPLEMENTATION = "_attn_implementation_internal"
 # Arguments of a layer that change nothing here.
@@ -74,15 +75,13 @@ class DecoderLayer(Swapped):
         """What the layer is made of, or None where its own forward has to serve."""
         if (
             torch.is_grad_enabled()
-            or torch.compiler.is_compiling()
+            or dispatches(x)
             or self.training
             or position_embeddings is None
-            or type(x) is not torch.Tensor
             or not x.is_cpu
             or x.numel() == 0
             or not kwargs.keys() <= _HARMLESS
             or kwargs.get("output_attentions")
-            or torch.is_autocast_enabled("cpu")
         ):
             return None
         parts = self.pyllm_parts

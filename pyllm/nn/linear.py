@@ -5,6 +5,7 @@ from torch import nn
 
 from pyllm.ops import embedding, matmul, quant_matmul
 from pyllm.ops.alloc import empty
+from pyllm.ops.library import dispatches
 
 # Up to so many rows pyllm's product of dtypes on the CPU was faster than PyTorch's at every size
 # measured: weights are read at the speed of memory, 1.5 to 3 times faster in float32.
@@ -27,14 +28,10 @@ class Linear(nn.Linear):
 def multiply(x, weight, bias, backend=None):
     """``x @ weightᵀ + bias``, by the faster of two."""
     if (
-        torch.is_grad_enabled()
-        or not x.is_cpu
-        or x.numel() > _FEW_ROWS.get(x.dtype, 0) * x.shape[-1]
+        not x.is_cpu
+        or dispatches(x, weight, bias)  # before sizes are looked at, which may be symbolic
         or weight.dtype != x.dtype
-        or x.numel() == 0
-        or torch.compiler.is_compiling()
-        or type(x) is not torch.Tensor
-        or torch.is_autocast_enabled("cpu")
+        or not 0 < x.numel() <= _FEW_ROWS.get(x.dtype, 0) * x.shape[-1]
     ):
         return nn.functional.linear(x, weight, bias)
     return matmul(x, weight, None if bias is None else bias.float(), backend=backend)
