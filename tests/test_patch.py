@@ -28,6 +28,13 @@ class Block(nn.Module):
         return self.again(x) + self.last(self.odd(x))
 
 
+def frozen():
+    return torch.jit.freeze(torch.jit.script(nn.Linear(3, 4).eval()))
+
+
+Sharded = type("FullyShardedDataParallel", (nn.Identity,), {})
+
+
 @pytest.fixture
 def block():
     torch.manual_seed(0)
@@ -138,6 +145,9 @@ def test_hooks_stay(block):
         (lambda b: b.to("meta"), "norm.weight: expected a tensor with data, got one on meta"),
         (lambda b: b.double(), "norm.weight: expected float32, bfloat16 or float16, got float64"),
         (lambda b: nn.Sequential(b, torch.jit.script(nn.ReLU())), "got TorchScript"),
+        (lambda b: nn.Sequential(b, frozen()), "got TorchScript"),
+        (lambda b: nn.Sequential(b, Sharded()), "1: expected whole modules, got FullySharded"),
+        (torch.compile, "the model itself: expected a model that is compiled after the patch"),
         (lambda b: nn.Sequential(nn.Dropout()), "found nothing to replace; looked for attention, "),
     ],
 )
@@ -147,6 +157,23 @@ def test_bad_models_stay_as_they_are(block, change, message):
     with pytest.raises(ValueError, match=message):
         pyllm.patch(model)
     assert of(model) == before
+
+
+@torch.no_grad()
+def test_frozen_parameters(block):
+    """Parameters that take no gradient are parameters like others."""
+    y = block.requires_grad_(False)(torch.ones(2, 32))
+    pyllm.patch(block)
+    torch.testing.assert_close(block(torch.ones(2, 32)), y)
+    assert not any(p.requires_grad for p in block.parameters())
+
+
+def test_old_transformers(monkeypatch):
+    transformers = pytest.importorskip("transformers")
+    model = transformers.activations.GELUActivation()
+    monkeypatch.setattr(transformers, "__version__", "4.57.1")
+    with pytest.raises(ValueError, match=r"expected transformers 5 or later, got 4\.57\.1"):
+        pyllm.patch(model)
 
 
 def test_all_or_nothing(block, monkeypatch):

@@ -10,7 +10,7 @@ from compare import assert_close
 
 import pyllm
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 SIZES = {
     "vocab_size": 97, "hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2,
@@ -196,3 +196,19 @@ def test_by_name():
     exact = exact_logits(expected, inputs)
     model = make("llama", attn_implementation="pyllm")
     assert_close(logits(model, inputs), exact, logits(expected, inputs))
+
+
+@torch.no_grad()
+def test_real_weights(smollm2):
+    """SmolLM2 says the same, greedily and with beams."""
+    from pyllm.bench.huggingface import hf_from_gguf
+
+    model = hf_from_gguf(smollm2)
+    torch.manual_seed(0)
+    ids = torch.randint(1000, 40000, (1, 16))
+    options = {"attention_mask": torch.ones_like(ids), "max_new_tokens": 8, "pad_token_id": 0}
+    ways = {"greedy": {"do_sample": False}, "beams": {"do_sample": False, "num_beams": 2}}
+    expected = {n: model.generate(ids, **options, **way) for n, way in ways.items()}
+    pyllm.patch(model)
+    for name, way in ways.items():
+        assert torch.equal(model.generate(ids, **options, **way), expected[name]), name

@@ -10,7 +10,7 @@ from compare import assert_close
 import pyllm
 from pyllm.nn import QuantLinear
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 
 def tiny_llama(dtype=torch.float32, layers=2, **options):

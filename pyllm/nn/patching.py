@@ -4,6 +4,7 @@ Everything is planned and checked first. What is then done is a list of changed 
 noted with what was there before: to undo it, in the reverse order, is to roll back and to unpatch.
 """
 
+import sys
 from dataclasses import dataclass, field
 
 import torch
@@ -224,6 +225,10 @@ def _quantized(linear, bits):
 def _check(model):
     for name, module in model.named_modules():
         where = name or "the model itself"
+        if type(module).__module__.startswith("transformers.") and _old_transformers():
+            raise ValueError(f"patch: expected transformers 5 or later, got {_old_transformers()}")
+        if type(module).__name__ == "OptimizedModule":
+            raise ValueError(f"patch: {where}: expected a model that is compiled after the patch")
         if isinstance(module, torch.jit.ScriptModule):
             raise ValueError(f"patch: {where}: expected Python modules, got TorchScript")
         if type(module).__name__ in _SHARDED:
@@ -235,6 +240,12 @@ def _check(model):
             )
         if type(tensor).__name__ in _SHARDED:
             raise ValueError(f"patch: {name}: expected a whole tensor, got {_name(type(tensor))}")
+
+
+def _old_transformers():
+    """The version, if its layers take and return other things than those that are replaced."""
+    version = sys.modules["transformers"].__version__
+    return version if int(version.partition(".")[0]) < 5 else None
 
 
 _SHARDED = {"DTensor", "ShardedTensor", "FlatParameter", "FullyShardedDataParallel"}
