@@ -204,33 +204,37 @@ class Projection:
         # The groups that the op before may round its result in, for all of these.
         self.group_size = groups.pop() if len(groups) == 1 else None
         alike = self.group_size and len({m.bias is None for m in linears}) == 1
-        self.fused = fuse(linears) if alike and len(linears) > 1 else None
+        # All in one product; None: one after the other.
+        self.whole = self.quants[0] if len(linears) == 1 else fuse(linears) if alike else None
 
     def __call__(self, y, x):
         """The products, in the dtype of `x`."""
-        biases = [m._parameters["bias"] for m in self.linears]
-        if self.fused is not None:
-            bias = torch.cat(biases) if self.biased else None
-            products = [_quant_product(y, self.fused, bias, x, self.backend)]
-        else:
-            products = [
-                multiply(y, linear.weight, bias, self.backend)
-                if quant is None
-                else _quant_product(y, quant, bias, x, self.backend)
-                for linear, quant, bias in zip(self.linears, self.quants, biases, strict=True)
-            ]
-        if self.sizes is None:
-            return products[0]
-        return (
-            torch.split_with_sizes(products[0], self.sizes, 1) if len(products) == 1 else products
-        )
+        if self.whole is None:
+            return self._each(y, x)
+        bias = None
+        if self.biased:
+            biases = [m._parameters["bias"] for m in self.linears]
+            bias = biases[0] if len(biases) == 1 else torch.cat(biases)
+        product = _quant_product(y, self.whole, bias, x, self.backend)
+        return product if self.sizes is None else torch.split_with_sizes(product, self.sizes, 1)
+
+    def _each(self, y, x):
+        products = [
+            multiply(y, linear.weight, linear.bias, self.backend)
+            if quant is None
+            else _quant_product(y, quant, linear.bias, x, self.backend)
+            for linear, quant in zip(self.linears, self.quants, strict=True)
+        ]
+        if len(products) > 1:
+            return products
+        return products[0] if self.sizes is None else products[0].split(self.sizes, 1)
 
 
 def _quant_product(y, weight, bias, x, backend):
     if bias is not None and bias.dtype != torch.float32:
         bias = bias.float()
     out = None
-    if (y.dtype if isinstance(y, torch.Tensor) else torch.float32) != x.dtype:
+    if x.dtype != torch.float32 and not isinstance(y, torch.Tensor):
         out = torch.empty((len(x), weight.shape[0]), dtype=x.dtype)
     return quant_matmul(y, weight, bias, out=out, backend=backend)
 
