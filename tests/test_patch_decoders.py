@@ -172,6 +172,78 @@ def test_unpatch(family):
         assert torch.equal(model(**inputs).logits, expected)
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("linear", ["int8", "int4"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_quantized(family, linear):
+    """Against the weights as they were rounded; a layer in one piece against its own forward."""
+    model, inputs = make(family), prompts(9, 13)
+    pyllm.patch(model, linear=linear)
+    whole = logits(model, inputs)
+    handle = torch.nn.modules.module.register_module_forward_hook(lambda *_: None)
+    layered = logits(model, inputs)  # somebody looks at the parts
+    handle.remove()
+    weights = {n: m.quant.dequantize() for n, m in model.named_modules() if hasattr(m, "quant")}
+    pyllm.unpatch(model)
+    pyllm.patch(model, linear=linear, backend="reference")
+    reference = logits(model, inputs)
+    pyllm.unpatch(model)
+    for name, weight in weights.items():
+        layer = model.get_submodule(name)
+        # a weight of its own: it may be that of the embedding
+        turned = weight if isinstance(layer, torch.nn.Linear) else weight.t()
+        layer.weight = torch.nn.Parameter(turned)
+    exact = exact_logits(model, inputs)
+    assert_close(reference, exact, logits(model, inputs))
+    assert_close(whole, exact, layered)
+
+
+@torch.no_grad()
+def test_parts_are_looked_up():
+    """What happens to a model after the patch counts."""
+    model, inputs = make("llama"), prompts(5, 9)
+    expected = logits(model, inputs)
+    pyllm.patch(model)
+    close = logits(model, inputs)
+    seen = []
+    handle = model.model.layers[0].mlp.up_proj.register_forward_hook(lambda *_: seen.append(1))
+    logits(model, inputs)
+    assert seen == [1]
+    handle.remove()
+    layer = model.model.layers[1]
+    original, layer.mlp = layer.mlp, torch.nn.Identity()
+    assert not torch.allclose(logits(model, inputs), expected, atol=0.1)
+    layer.mlp = original
+    assert torch.equal(logits(model, inputs), close)
+    model.set_attn_implementation("eager")
+    with torch.no_grad():
+        torch.testing.assert_close(logits(model, inputs), expected)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("linear", [None, "int8"])
+def test_saving(linear, tmp_path):
+    """A state dict goes from one patched model into another, and a copy is a model of its own."""
+    model, other, inputs = make("qwen2"), make("qwen2"), prompts(5, 9)
+    for parameter in other.parameters():
+        parameter.mul_(1.1)
+    for m in (model, other):
+        pyllm.patch(m, linear=linear)
+    y = logits(model, inputs)
+    assert not torch.equal(logits(other, inputs), y)
+    other.load_state_dict(model.state_dict(), strict=True)
+    assert torch.equal(logits(other, inputs), y)
+    twin = copy.deepcopy(model)
+    for parameter in model.parameters():
+        parameter.zero_()
+    assert torch.equal(logits(twin, inputs), y)
+    if linear is None:
+        twin.save_pretrained(tmp_path)
+        loaded = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+        pyllm.unpatch(twin)
+        assert torch.equal(logits(loaded, inputs), logits(twin, inputs))
+
+
 def test_large_heads():
     model = make("llama", head_dim=260)
     classes = [type(m) for m in model.modules()]

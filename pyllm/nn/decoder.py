@@ -138,19 +138,20 @@ class Parts:
         )  # fmt: skip
         linears = (
             _first(attention, ["qkv_proj"], ["q_proj", "k_proj", "v_proj"]),
-            [attention.o_proj],
+            _first(attention, ["o_proj"]),
             _first(mlp, ["gate_up_proj"], ["gate_proj", "up_proj"]),
-            [mlp.down_proj],
+            _first(mlp, ["down_proj"]),
         )
+        config = getattr(attention, "config", None)
         if (
             self.kind is None
-            or attention.config._attn_implementation != NAME
+            or getattr(config, _IMPLEMENTATION, None) != NAME
             or not all(norm is None or hasattr(norm, "pyllm_eps") for norm in norms)
             or not all(type(linear) in (QuantLinear, Linear) for part in linears for linear in part)
         ):
             return False
-        self._note(attention.config.__dict__, _IMPLEMENTATION, NAME)
-        config, self.head_dim = attention.config, attention.head_dim
+        self._note(config.__dict__, _IMPLEMENTATION, NAME)
+        self.head_dim = attention.head_dim
         query, kv = config.num_attention_heads, config.num_key_value_heads
         self.heads, self.layer = (query, kv, kv), attention.layer_idx
         self.causal, self.scale = attention.is_causal, attention.scaling
