@@ -52,7 +52,7 @@ FAMILIES = {
         "T5ForConditionalGeneration", "T5", {**T5, "feed_forward_proj": "gated-gelu"}, 26,
     ),
     "bart": ("BartForConditionalGeneration", "Bart", BART, 22),
-    "marian": ("MarianMTModel", "Marian", {**BART, "activation_function": "gelu"}, 20),
+    "marian": ("MarianMTModel", "Marian", {**BART, "scale_embedding": True}, 20),
     "whisper": ("WhisperForConditionalGeneration", "Whisper", WHISPER, 22),
     "vit": ("ViTForImageClassification", "ViT", VIT, 9),
 }  # fmt: skip
@@ -61,14 +61,19 @@ RAGGED = (*BERTS, "distilbert")
 SEQ2SEQ = ("t5", "t5 gated", "bart", "marian", "whisper")
 
 
-def make(family, dtype=torch.float32, **changes):
-    """A small model of random weights whose logits are well apart."""
+def make(family, dtype=torch.float32, spread=1.0, **changes):
+    """A small model of random weights.
+
+    With a larger `spread` what it writes is less of the same, and roundings grow on their way.
+    """
     name, kind, sizes, _ = FAMILIES[family]
     torch.manual_seed(1)
     config = getattr(transformers, f"{kind}Config")(**{**sizes, **changes})
     model = getattr(transformers, name)(config)
-    for parameter in model.parameters():
-        parameter.data = torch.randn_like(parameter) * parameter.shape[-1] ** -0.5
+    for name, parameter in model.named_parameters():
+        parameter.data = torch.randn_like(parameter) * spread * parameter.shape[-1] ** -0.5
+        if name.endswith("weight") and parameter.ndim == 1:  # a norm's
+            parameter.data += 1
     return model.to(dtype).eval()
 
 
@@ -125,9 +130,12 @@ def test_logits(family, dtype, side):
 @torch.no_grad()
 @pytest.mark.parametrize("family", SEQ2SEQ)
 def test_generate(family):
-    model, inputs = make(family), inputs_of(family)
+    model, inputs = make(family, spread=1.5), inputs_of(family)
     options = {"max_new_tokens": 12, "do_sample": False, "eos_token_id": None}
-    ways = {"greedy": {}, "beam": {"num_beams": 3}, "no cache": {"use_cache": False}}
+    ways = {
+        "greedy": {}, "beam": {"num_beams": 3}, "no cache": {"use_cache": False},
+        "static cache": {"cache_implementation": "static"},
+    }  # fmt: skip
     expected = {n: model.generate(**inputs, **options, **way) for n, way in ways.items()}
     pyllm.patch(model)
     for name, way in ways.items():
@@ -168,6 +176,21 @@ def test_padding_is_left_out(family, limit, monkeypatch):
 
 
 @torch.no_grad()
+@pytest.mark.parametrize("lengths", [(0, 5, 0, 3, 0), (0, 0)])
+def test_texts_of_nothing(lengths, monkeypatch):
+    monkeypatch.setattr(encoders, "GROUP", 4)
+    model, inputs = make("bert"), texts(lengths) if any(lengths) else texts((1, 1))
+    if not any(lengths):
+        inputs["attention_mask"].zero_()
+    expected = model.base_model(**inputs).last_hidden_state
+    pyllm.patch(model)
+    y = model.base_model(**inputs).last_hidden_state
+    real = inputs["attention_mask"].bool()
+    assert y.isfinite().all()
+    torch.testing.assert_close(y[real], expected[real])
+
+
+@torch.no_grad()
 @pytest.mark.parametrize("family", RAGGED)
 def test_a_text_does_not_depend_on_its_padding(family):
     """But for what the linear layers of PyTorch make of another number of rows."""
@@ -183,14 +206,15 @@ def test_a_text_does_not_depend_on_its_padding(family):
 @torch.no_grad()
 @pytest.mark.parametrize("family", RAGGED)
 def test_masks_that_are_more_than_padding(family):
-    """Of every query its own, and one that weighs: computed as they are, padding and all."""
+    """Of every query its own, one that weighs, and one for all texts: computed as they are."""
     torch.manual_seed(2)
     model, ids = make(family), texts((9, 9))["input_ids"]
     own = torch.zeros(2, 1, 9, 9).masked_fill_(torch.rand(2, 1, 9, 9) < 0.3, float("-inf"))
     own.diagonal(dim1=2, dim2=3).zero_()
     weighs = torch.randn(2, 1, 1, 9)
+    of_all = torch.zeros(1, 1, 1, 9).index_fill_(3, torch.tensor([2, 7]), float("-inf"))
     exact_model = copy.deepcopy(model).double()
-    for mask in (own, weighs):
+    for mask in (own, weighs, of_all):
         expected = model(ids, attention_mask=mask).logits
         exact = exact_model(ids, attention_mask=mask.double()).logits
         pyllm.patch(model)
@@ -263,6 +287,50 @@ def test_unpatch(family):
             assert a_config is b_config
         assert tensors == tensors_before
         assert torch.equal(logits(model, inputs), expected)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_gradients(training):
+    """In training, with dropout off, and without padding, of a model that is not in training."""
+    inputs = texts((5, 13, 1, 9))
+    options = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+    model = make("bert", **options).train(training)
+    labels = inputs["input_ids"].masked_fill(inputs["attention_mask"] == 0, -100)
+
+    def step():
+        model.zero_grad()
+        loss = model(**inputs, labels=labels).loss
+        loss.backward()
+        gradients = {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
+        return loss.detach(), gradients
+
+    loss, gradients = step()
+    pyllm.patch(model)
+    patched_loss, patched = step()
+    torch.testing.assert_close(patched_loss, loss)
+    assert patched.keys() == gradients.keys()
+    for name in gradients:
+        torch.testing.assert_close(patched[name], gradients[name], atol=1e-5, rtol=1e-4)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("family", ["bert", "t5", "vit"])
+def test_compile(family):
+    """Without a break, and with the padding in its place: shapes do not depend on a mask."""
+    model, inputs = make(family), inputs_of(family)
+    if family == "t5":
+        inputs["decoder_input_ids"] = texts((6,) * 4)["input_ids"]
+    expected = model(**inputs).logits
+    exact = (
+        copy.deepcopy(model)
+        .double()(**{n: x.double() if x.is_floating_point() else x for n, x in inputs.items()})
+        .logits
+    )
+    pyllm.patch(model)
+    torch._dynamo.reset()
+    y = torch.compile(model, fullgraph=True, backend="aot_eager")(**inputs).logits
+    real = inputs["attention_mask"].bool() if family == "bert" else ...
+    assert_close(y[real], exact[real], expected[real])
 
 
 HAPPY = [

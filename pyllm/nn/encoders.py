@@ -55,21 +55,23 @@ class RaggedEncoder(Swapped):
             }  # fmt: skip
             result = super().forward(x[None], None, **kwargs, **ragged)
             outputs.append(result.last_hidden_state[0])
-        y = rows.new_zeros(rows.shape).index_copy(0, places, torch.cat(outputs))
+        y = torch.cat(outputs)
+        y = y.new_zeros(rows.shape).index_copy(0, places, y)
         result.last_hidden_state = y.view(hidden_states.shape)
         return result
 
 
 def _why_padded(encoder, hidden_states, mask, kwargs):
     """Why a batch has to stay padded; None if it need not."""
-    from pyllm.nn import families, huggingface
-
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or torch.jit.is_tracing():
         return "the shapes would depend on the mask's values"
     if encoder.training:
         return "dropout would meet other elements"
-    if mask is None or mask.ndim != 4 or mask.shape[1:3] != (1, 1) or hidden_states.shape[1] == 1:
+    batch, length, _ = hidden_states.shape
+    if mask is None or mask.shape != (batch, 1, 1, length) or length == 1:
         return "the mask says more than which positions are padding, or there is none"
+    from pyllm.nn import families, huggingface  # what is there for transformers only
+
     if kwargs.get("past_key_values") is not None or kwargs.get("encoder_hidden_states") is not None:
         return "the keys are not those of this batch"
     if huggingface.recording() or any(kwargs.get(f"output_{x}") for x in ("attentions", _STATES)):
@@ -111,7 +113,7 @@ def _groups(lengths, limit):
     """
     part, total = [], 0
     for length in lengths:
-        if part and total + length > limit:
+        if total and length and total + length > limit:
             yield part
             part, total = [], 0
         part.append(length)
