@@ -27,7 +27,8 @@ def race(what, before, after, seconds=4.0):
     begin = time.perf_counter()
     while time.perf_counter() - begin < seconds or len(times[after]) < 3:
         for call in times:
-            call()  # also so that the other one's threads have gone to sleep
+            time.sleep(0.01)  # until the other one's threads have gone to sleep
+            call()
             start = time.perf_counter()
             for _ in range(calls):
                 call()
