@@ -63,7 +63,8 @@ def scaled_dot_product_attention(
     count = math.prod(batch)
 
     def dense(x, heads):  # [B, S, H, D]
-        x = x.expand(*batch, heads, *x.shape[-2:])
+        if x.shape[:-2] != (*batch, heads):
+            x = x.expand(*batch, heads, *x.shape[-2:])
         x = x if len(batch) == 1 else x.reshape(count, heads, *x.shape[-2:])
         x = x.transpose(1, 2)
         return x if x.stride(-1) == 1 else x.contiguous()
@@ -131,6 +132,8 @@ def _why_not(query, key, value, dropout_p):
 
 
 def _broadcast(tensors, *shapes):
+    if shapes[0] == shapes[1] == shapes[2]:
+        return shapes[0]
     try:
         return torch.broadcast_shapes(*shapes)
     except RuntimeError:
