@@ -11,7 +11,7 @@ from compare import assert_close
 import pyllm
 from pyllm.nn import encoders
 
-transformers = pytest.importorskip("transformers")
+transformers = pytest.importorskip("transformers", minversion="5")
 
 VOCAB = 97
 TOKENS = {"vocab_size": VOCAB, "pad_token_id": 1, "bos_token_id": 0, "eos_token_id": 2}
