@@ -162,3 +162,20 @@ def test_an_error_of_attributes_is_the_cause():
     with pytest.raises(TypeError) as caught:
         relu(torch.eye(4).to_sparse(), torch.ones(4, 4))
     assert isinstance(caught.value.__cause__, RuntimeError)
+
+
+def test_arguments_that_are_no_tensors():
+    x, y = torch.ones(2, 8), torch.empty(2, 8)
+    with pytest.raises(TypeError, match="expected 7 arguments, got 1"):
+        _C.layer_norm(x)
+    with pytest.raises(TypeError, match="real number, not str"):
+        _C.layer_norm(x, None, None, "eps", None, y, None)
+    with pytest.raises(TypeError):
+        _C.activation(1, x, None, y, None, 0)
+    with pytest.raises(TypeError, match="integer"):
+        _C.activation("relu", x, None, y, None, "0")
+    for number in (1 << 40, 1 << 80):
+        with pytest.raises((ValueError, OverflowError)):
+            _C.activation("relu", x, None, y, None, number)
+    with pytest.raises(TypeError):
+        _C.layer_norm(x, None, None, eps=1e-5)

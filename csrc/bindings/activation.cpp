@@ -33,6 +33,6 @@ void activation(const std::string& kind, Tensor x, Tensor up, Tensor y, Tensor q
 
 }  // namespace
 
-void register_activation(py::module_& m) { m.def("activation", &activation); }
+void register_activation(py::module_& m) { def_fast<&activation>(m, "activation"); }
 
 }  // namespace pyllm

@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "bindings/fast_call.h"
 #include "bindings/python_tensor.h"
 #include "core/check.h"
 #include "core/launch.h"

@@ -52,7 +52,7 @@ int64_t flash_attention_partials(Tensor q, Tensor k) {
 }  // namespace
 
 void register_flash_attention(py::module_& m) {
-  m.def("flash_attention", &flash_attention);
+  def_fast<&flash_attention>(m, "flash_attention");
   m.def("flash_attention_partials", &flash_attention_partials);
 }
 

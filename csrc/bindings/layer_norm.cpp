@@ -26,6 +26,6 @@ void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual
 
 }  // namespace
 
-void register_layer_norm(py::module_& m) { m.def("layer_norm", &layer_norm); }
+void register_layer_norm(py::module_& m) { def_fast<&layer_norm>(m, "layer_norm"); }
 
 }  // namespace pyllm

@@ -29,6 +29,6 @@ void matmul(Tensor x, Tensor w, Tensor bias, Tensor y) {
 
 }  // namespace
 
-void register_matmul(py::module_& m) { m.def("matmul", &matmul); }
+void register_matmul(py::module_& m) { def_fast<&matmul>(m, "matmul"); }
 
 }  // namespace pyllm

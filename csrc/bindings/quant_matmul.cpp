@@ -117,9 +117,9 @@ QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_
 
 void register_quant_matmul(py::module_& m) {
   m.def("pack_fragments", &pack_fragments_checked);
-  m.def("quantize_activation", &quantize_activation);
-  m.def("quant_matmul", &quant_matmul);
-  m.def("quantize_matmul", &quantize_matmul);
+  def_fast<&quantize_activation>(m, "quantize_activation");
+  def_fast<&quant_matmul>(m, "quant_matmul");
+  def_fast<&quantize_matmul>(m, "quantize_matmul");
 }
 
 }  // namespace pyllm

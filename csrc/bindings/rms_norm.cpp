@@ -29,6 +29,6 @@ void rms_norm(Tensor x, Tensor weight, float eps, Tensor residual, Tensor y, Ten
 
 }  // namespace
 
-void register_rms_norm(py::module_& m) { m.def("rms_norm", &rms_norm); }
+void register_rms_norm(py::module_& m) { def_fast<&rms_norm>(m, "rms_norm"); }
 
 }  // namespace pyllm

@@ -18,7 +18,7 @@ PYLLM_INLINE f32x16 times_sigmoid(f32x16 x, f32x16 minus_u) {
 // The normal distribution function, (1 + erf(x / sqrt 2)) / 2, to a few ulp also where it is small:
 // Phi(-t) = exp(-t^2 / 2) P((t - 3) / (t + 3)) for t >= 0, P a minimax fit with error 8e-9.
 PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
-  const f32x16 t = min(splat(14.0f), abs(x));  // Phi(-14) is 0 in float; the order keeps NaN
+  const f32x16 t = min(splat(16.0f), abs(x));  // Phi(-16) is 0 in float; the order keeps NaN
   const f32x16 y = (t - splat(3.0f)) / (t + splat(3.0f));
   constexpr float kCoefficients[] = {1.155439565e-04f, -3.394851928e-04f, -9.837586147e-04f,
                                      2.904556327e-03f, 6.132070701e-03f,  -4.621329098e-02f,

@@ -55,7 +55,7 @@ PYLLM_INLINE f32x16 abs(f32x16 a) { return {_mm512_abs_ps(a.v)}; }
 PYLLM_INLINE f32x16 select_less(f32x16 a, f32x16 b, f32x16 x, f32x16 y) {
   return {_mm512_mask_blend_ps(_mm512_cmp_ps_mask(a.v, b.v, _CMP_LT_OQ), y.v, x.v)};
 }
-// x * 2^n, for integral n in [-126, 127]
+// x * 2^n, for integral n in [-126, 127]; here for any
 PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {_mm512_scalef_ps(x.v, n.v)}; }
 PYLLM_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a.v); }
 PYLLM_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
@@ -353,6 +353,12 @@ PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
 
 // e^x to about 1 ulp; exp(0) is exactly 1, exp(-inf) exactly 0, NaN stays NaN.
 PYLLM_INLINE f32x16 exp(f32x16 x) {
+#if defined(PYLLM_ISA_AVX512)
+  // The scaling instruction overflows and underflows as it should, by itself.
+  const f32x16 limited = max(splat(-104.0f), min(splat(89.0f), x));  // order keeps NaN
+  const f32x16 power = round(limited * splat(1.44269504088896341f));
+  return scale_by_power(expm1_reduced(limited, power) + splat(1.0f), power);
+#else
   const f32x16 clamped = max(splat(-87.0f), min(splat(88.72f), x));  // order keeps NaN
   const f32x16 n = round(clamped * splat(1.44269504088896341f));
   const f32x16 p = expm1_reduced(clamped, n) + splat(1.0f);
@@ -360,6 +366,7 @@ PYLLM_INLINE f32x16 exp(f32x16 x) {
   const f32x16 y = scale_by_power(p, n - splat(1.0f)) * splat(2.0f);
   f32x16 out = select_less(x, splat(-87.0f), zero(), y);
   return select_less(splat(88.72f), x, splat(kInf), out);
+#endif
 }
 
 // 2^x to about 1 ulp, for x <= 127; 0 below -126, exactly 1 at 0, and NaN stays NaN. The

@@ -42,7 +42,15 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
     arena = _local.arena
     if arena is not None:
         return arena.empty(x.shape, x.dtype)
+    if x.is_contiguous():
+        return torch.empty_like(x)  # without the time to parse the format
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def empty_rows(x: torch.Tensor, width: int) -> torch.Tensor:
+    """An uninitialized contiguous ``[..., width]`` for ``x [..., K]``, of its dtype and device."""
+    shape, arena = (*x.shape[:-1], width), _local.arena
+    return x.new_empty(shape) if arena is None else arena.empty(shape, x.dtype)
 
 
 def empty_quantized(x: torch.Tensor, group_size: int) -> QuantActivation:

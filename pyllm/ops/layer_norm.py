@@ -104,10 +104,10 @@ def _cpu(x, weight, bias, eps, residual, quantize, out):
         raise ValueError(f"layer_norm: quantize: expected None on the CPU, got {quantize}")
     y = empty_like(x) if out is None else out
     total = None if residual is None else empty_like(x)
-    results = y, total
+    rows, sums = y, total
     if x.ndim > 3:
-        x, residual, *results = flattened(x, residual, y, total)
-    _C.layer_norm(x, weight, bias, eps, residual, *results)
+        x, residual, rows, sums = flattened(x, residual, y, total)
+    _C.layer_norm(x, weight, bias, eps, residual, rows, sums)
     return y if total is None else (y, total)
 
 

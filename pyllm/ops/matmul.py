@@ -4,7 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import library
-from pyllm.ops.alloc import empty
+from pyllm.ops.alloc import empty_rows
 from pyllm.ops.registry import Op
 
 _OP = Op("matmul")
@@ -55,7 +55,7 @@ def _platform(x, weight, bias, out):
 @_OP.register("cpu")
 def _cpu(x, weight, bias, out):
     if out is None:
-        out = empty((*x.shape[:-1], weight.shape[0]), x.dtype)
+        out = empty_rows(x, weight.shape[0])
     _C.matmul(flat(x), weight, bias, flat(out, writes=True))
     return out
 

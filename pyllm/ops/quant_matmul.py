@@ -6,7 +6,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import device, library
-from pyllm.ops.alloc import empty, empty_quantized
+from pyllm.ops.alloc import empty, empty_quantized, empty_rows
 from pyllm.ops.matmul import as_rows, flat
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
@@ -163,7 +163,7 @@ def _cpu(x, weight, bias, out):
         _C.quant_matmul(x.data, *weight.kernel_arguments(), bias, flat(out, writes=True))
         return out
     if out is None:
-        out = empty((*x.shape[:-1], n), x.dtype)
+        out = empty_rows(x, n)
     # While capturing, what is between the two launches belongs to the plan like any output.
     row_bytes = QuantActivation.row_bytes(x.shape[-1], weight.packed_group_size)
     q = empty((x.shape[:-1].numel(), row_bytes), torch.uint8)

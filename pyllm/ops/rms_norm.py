@@ -99,10 +99,10 @@ def _cpu(x, weight, eps, residual, quantize, out):
         _C.rms_norm(x, weight, eps, residual, None, total, y.data, quantize)
     else:
         y = empty_like(x) if out is None else out
-        results = y, total
+        rows, sums = y, total
         if x.ndim > 3:
-            x, residual, *results = flattened(x, residual, y, total)
-        _C.rms_norm(x, weight, eps, residual, *results, None, 0)
+            x, residual, rows, sums = flattened(x, residual, y, total)
+        _C.rms_norm(x, weight, eps, residual, rows, sums, None, 0)
     return y if total is None else (y, total)
 
 
