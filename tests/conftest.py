@@ -12,6 +12,10 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 ON_DEVICE = {"cuda"} if os.environ.get("TRITON_INTERPRET") == "1" else {"cuda", "triton"}
 
+# Workers beside each other have a core each; torch's threads, which spin, would take it from them.
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)
+
 # cases.py and compare.py are imported by their plain names, from bench/ too.
 sys.path.insert(0, str(Path(__file__).parent))
 
