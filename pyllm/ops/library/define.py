@@ -144,7 +144,8 @@ def _mutating(op, name):
             return op(*arguments)
 
     def in_place(*arguments):
-        torch.autograd.graph.increment_version([arguments[i] for i in written])
+        for i in written:
+            torch.autograd.graph.increment_version(arguments[i])
         with torch._C._AutoDispatchBelowADInplaceOrView():
             return op(*arguments)
 
