@@ -55,8 +55,9 @@ def scaled_dot_product_attention(
             query, key, value, attn_mask, dropout_p, is_causal, scale=scale, enable_gqa=enable_gqa
         )
     heads = query.ndim > 2 or key.ndim > 2 or value.ndim > 2
-    query, key, value = (x if x.ndim > 2 else x.unsqueeze(0) for x in (query, key, value))
-    batch = _broadcast(tensors, *(x.shape[:-3] for x in (query, key, value)))
+    if not heads or min(query.ndim, key.ndim, value.ndim) < 3:
+        query, key, value = (x if x.ndim > 2 else x.unsqueeze(0) for x in (query, key, value))
+    batch = _broadcast(tensors, query.shape[:-3], key.shape[:-3], value.shape[:-3])
     n_heads, kv_heads = _heads(query, key, value, enable_gqa)
     (n, dim), keys = query.shape[-2:], key.shape[-2]
 
@@ -145,7 +146,9 @@ def _broadcast(tensors, *shapes):
 
 def _heads(query, key, value, enable_gqa):
     """How many heads query, and key and value, have once they are broadcast."""
-    q, k, v = (x.shape[-3] for x in (query, key, value))
+    q, k, v = query.shape[-3], key.shape[-3], value.shape[-3]
+    if q == k == v and k:
+        return q, q
     if enable_gqa:
         if k < 1 or v < 1 or q % k or q % v:
             raise ValueError(
