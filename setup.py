@@ -89,7 +89,7 @@ setup(
     ],
     package_dir={"pyllm.kernels": "kernels", "pyllm.bench": "bench", "pyllm.csrc": "csrc"},
     package_data={
-        "pyllm.kernels": ["README.md"],
+        "pyllm.kernels": ["README.md", "tuned/*.json"],
         "pyllm.bench": ["alice.txt", "instructions.json", "machine_code.json", "traffic.json"],
         "pyllm.csrc": ["core/*.h", "cuda/*.h", "cuda/*.cuh", "cuda/*.def", "emulator/*.h"],
     },

@@ -71,7 +71,7 @@ def measure(
         found += [
             case
             for name, shape in shapes.items()
-            for case in _cases(op, name, shape, setting)
+            for case in cases_of(op, name, shape, setting)
             if not match or match in case.shape
         ]
     parts = ("rows", "failed") if rounds else ("verified", "failed")
@@ -126,7 +126,8 @@ def _set_threads(threads):
     return threads
 
 
-def _cases(op, name, shape, setting):
+def cases_of(op, name, shape, setting):
+    """The benchmark cases of an op for a model's shape."""
     module = importlib.import_module(f".{op}", __package__)
     return list(module.cases(name, shape, setting))
 

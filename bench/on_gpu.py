@@ -173,7 +173,8 @@ def test_files(run, seconds):
     if run.dry:
         return [[sys.executable, "-m", "pytest", "-q", "tests/test_rms_norm.py", "-k", "emulator"]]
     stems = [p.stem.strip("_") for p in sorted((ROOT / "pyllm/ops").glob("*.py"))]
-    names = dict.fromkeys(f"tests/test_{stem}.py" for stem in ("norm", *kernels.OPS, *stems))
+    stems = ("norm", *kernels.OPS, *stems, "device_kernels")  # the last: whole models
+    names = dict.fromkeys(f"tests/test_{stem}.py" for stem in stems)
     before = record.before(run.out / TESTS, run.where) or {"files": {}}
     return [
         [sys.executable, "-m", "pytest", "-q", "-m", "gpu", name, "--record-gpu", run.out / TESTS]

@@ -12,10 +12,9 @@ where x is infinite or its cube would be.
 
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import launch, row_strides, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import launch, row_strides
 from pyllm.kernels.primitives import round_to, row_offset
-
-TILE = 1024  # elements a program: one access of 16 bytes a thread for the types of 16 bits
 
 
 @triton.jit
@@ -127,24 +126,26 @@ def activation_backward_kernel(
 
 def activation(kind, x, up, out):
     """Tensors ``[T, D]`` or ``[T, H, D]`` of one dtype; up may be None."""
-    _launch(activation_kernel, kind, x, up, out)
+    _launch("activation", activation_kernel, kind, x, up, out)
 
 
 def activation_backward(kind, dy, x, up, dx, dup):
     """Tensors like those of `activation`; dup is None if up is."""
-    _launch(activation_backward_kernel, kind, dy, x, up, dx, dup)
+    _launch("activation_backward", activation_backward_kernel, kind, dy, x, up, dx, dup)
 
 
-def _launch(kernel, kind, first, *others):
+def _launch(name, kernel, kind, first, *others):
     if first.numel() == 0:
         return
     width, heads = first.shape[-1], first.shape[1] if first.ndim == 3 else 1
     rows = first.shape[0] * heads
-    block = min(triton.next_power_of_2(width), TILE)
-    tile_rows = TILE // block
+    chosen = configuration(name, first.device, first.dtype, width)
+    block = min(triton.next_power_of_2(width), chosen["BLOCK"])
+    tile_rows = chosen["BLOCK"] // block
     tensors = (first, *others)
     launch(
         kernel, (triton.cdiv(rows, tile_rows), triton.cdiv(width, block)), *tensors,
         *(n for x in tensors for n in row_strides(x)), rows, heads, width, KIND=kind,
-        ROWS=tile_rows, BLOCK=block, num_warps=128 // target_of(first.device).warp_size,
+        ROWS=tile_rows,
+        **chosen | {"BLOCK": block},
     )  # fmt: skip

@@ -7,7 +7,8 @@ Floor: one row read and one written a token. A row of quantized weights lies in 
 import torch
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import launch, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import launch
 from pyllm.kernels.primitives import round_to
 
 PANEL = tl.constexpr(16)  # rows that lie interleaved
@@ -55,19 +56,19 @@ def quant_embedding_kernel(
 
 
 def _grid(token_ids, out):
-    block = min(triton.next_power_of_2(out.shape[1]), 1024)
-    warps = 128 // target_of(out.device).warp_size
-    return (len(token_ids), triton.cdiv(out.shape[1], block)), block, warps
+    chosen = configuration("embedding", out.device, out.dtype, out.shape[1])
+    block = min(triton.next_power_of_2(out.shape[1]), chosen["BLOCK"])
+    return (len(token_ids), triton.cdiv(out.shape[1], block)), chosen | {"BLOCK": block}
 
 
 def embedding(token_ids, weight, out):
     """Rows of ``weight [V, D]``, any float dtypes; token_ids are contiguous."""
     if out.numel() == 0:
         return
-    grid, block, warps = _grid(token_ids, out)
+    grid, chosen = _grid(token_ids, out)
     launch(
         embedding_kernel, grid, token_ids, weight, out, weight.stride(0), out.stride(0),
-        *weight.shape, BLOCK=block, num_warps=warps,
+        *weight.shape, **chosen,
     )  # fmt: skip
 
 
@@ -75,9 +76,9 @@ def quant_embedding(token_ids, packed, n, k, bits, group_size, has_minimum, out)
     """Rows of a `QuantTensor`, given as its ``kernel_arguments()``."""
     if out.numel() == 0:
         return
-    grid, block, warps = _grid(token_ids, out)
+    grid, chosen = _grid(token_ids, out)
     launch(
         quant_embedding_kernel, grid, token_ids, packed, packed.view(torch.float16), out,
-        out.stride(0), n, k, BITS=bits, GROUP=group_size, MINIMUM=has_minimum, BLOCK=block,
-        num_warps=warps, enable_fp_fusion=False,
+        out.stride(0), n, k, BITS=bits, GROUP=group_size, MINIMUM=has_minimum,
+        enable_fp_fusion=False, **chosen,
     )  # fmt: skip

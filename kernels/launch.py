@@ -1,18 +1,9 @@
-"""How the kernels are launched: on which processor, and with which configuration.
-
-A configuration (tile sizes, warps) is, in this order: what was measured for the device and is kept
-in JSON, in the user's cache or shipped in ``tuned/`` beside this file; else what the table beside
-the kernel says for the arch and the shape. Nothing is measured unless ``PYLLM_AUTOTUNE=1``: then
-the first call of each shape tries a few, and the user's cache keeps the fastest.
-"""
+"""How the kernels are launched: on which processor, or into the compiler."""
 
 import functools
-import json
-import os
-import re
+import importlib.metadata
 from contextlib import contextmanager
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 import triton
@@ -36,12 +27,22 @@ class Launch:
 
 def why_not_on_cpu() -> str | None:
     """Why kernels cannot be launched on tensors on the CPU, or None if they can."""
-    if INTERPRETED or _compiling:
+    if _compiling:
         return None
+    if INTERPRETED:
+        return _why_no_interpreter()
     return (
         "on tensors on the CPU it runs only in Triton's interpreter: "
         "set TRITON_INTERPRET=1 before triton is imported"
     )
+
+
+def _why_no_interpreter():
+    # It makes integers of arrays of one element, which numpy refuses from 2.4 on.
+    numpy = importlib.metadata.version("numpy")
+    if triton.__version__.startswith("3.6.") and tuple(map(int, numpy.split(".")[:2])) >= (2, 4):
+        return f"Triton 3.6's interpreter needs numpy below 2.4, this is {numpy}"
+    return None
 
 
 @contextmanager
@@ -53,6 +54,11 @@ def compile_only(target: GPUTarget):
         yield _compiling[1]
     finally:
         _compiling = None
+
+
+def compiling() -> bool:
+    """Whether within a block of `compile_only`."""
+    return _compiling is not None
 
 
 def target_of(device: torch.device) -> GPUTarget:
@@ -97,52 +103,3 @@ def launch(kernel, grid: tuple, *arguments, **options):
 def row_strides(x):
     """Of tokens and heads of ``[T, H, D]`` or ``[T, D]``; without a tensor nothing reads them."""
     return (0, 0) if x is None else (x.stride(0), x.stride(1) if x.ndim == 3 else 0)
-
-
-def configuration(op: str, case: str, device: torch.device, default: dict, candidates=(), run=None):
-    """The configuration for `case`, a description of dtypes and shapes.
-
-    Args:
-        default: what to use where nothing was measured.
-        candidates: others worth a try.
-        run: called with each configuration as keywords, any number of times, when measuring.
-    """
-    if INTERPRETED or _compiling:
-        return default
-    measured = _measured(device.index)
-    found = measured.get(op, {}).get(case)
-    if found is not None:
-        return found
-    if os.environ.get("PYLLM_AUTOTUNE") != "1" or torch.cuda.is_current_stream_capturing():
-        return default
-    choices = [default, *(c for c in candidates if c != default)]
-    times = [triton.testing.do_bench(lambda c=c: run(**c)) for c in choices]
-    measured.setdefault(op, {})[case] = choices[times.index(min(times))]
-    path = _cached_file(device.index)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    unfinished = path.with_suffix(f".{os.getpid()}")
-    unfinished.write_text(json.dumps(measured, indent=1, sort_keys=True) + "\n")
-    unfinished.replace(path)
-    return measured[op][case]
-
-
-def _name(index):
-    return re.sub(r"\W+", "-", torch.cuda.get_device_name(index)) + ".json"
-
-
-def _cached_file(index):
-    cache = os.environ.get("PYLLM_CACHE") or Path(
-        os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache", "pyllm"
-    )
-    return Path(cache, "tuned", _name(index))
-
-
-@functools.cache
-def _measured(index):
-    """op: case: configuration; the user's own go before the shipped ones."""
-    merged = {}
-    for path in (Path(__file__).parent / "tuned" / _name(index), _cached_file(index)):
-        if path.exists():
-            for op, cases in json.loads(path.read_text()).items():
-                merged.setdefault(op, {}).update(cases)
-    return merged

@@ -19,7 +19,8 @@ Predicted, not measured.
 import torch
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import launch, row_strides, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import launch, row_strides
 from pyllm.kernels.primitives import round_even, round_to, row_offset, to_e4m3
 
 FUSED = 8192  # the widest row beside whose x and dy the sums for the parameters fit
@@ -131,17 +132,12 @@ def norm_forward(
         tl.store(scales + row, tl.where(finite, quantum, float("nan")), mask=live)
 
 
-# Elements of a tile: warps of 32 lanes, the first line that is wide enough, else 16, as 32 have
-# 64 registers a thread, which spill. Predicted.
-_WARPS = ((4096, 4), (8192, 8))
-
-
-def _tile(width, held, target):
+def _tile(kernel, x, held):
     """Rows and columns of a tile, and how many warps it is shared by."""
+    width = x.shape[-1]
+    chosen = configuration(kernel, x.device, x.dtype, width)
     block = min(triton.next_power_of_2(width), held)
-    rows = max(1, 1024 // block)
-    warps = next((w for elements, w in _WARPS if rows * block <= elements), 16)
-    return rows, block, max(1, warps * 32 // target.warp_size)
+    return max(1, chosen["TILE"] // block), block, chosen["num_warps"]
 
 
 def forward(centered, x, weight, bias, eps, residual, out, total, scale):
@@ -150,7 +146,7 @@ def forward(centered, x, weight, bias, eps, residual, out, total, scale):
         return
     width, heads = x.shape[-1], x.shape[1] if x.ndim == 3 else 1
     n_rows = x.shape[0] * heads
-    rows, block, warps = _tile(width, HELD, target_of(x.device))
+    rows, block, warps = _tile("norm_forward", x, HELD)
     whole = width <= block
     if not whole:
         block //= 4
@@ -312,8 +308,8 @@ def backward(centered, dy, x, weight, eps, residual_grad, dx, dweight, dbias):
     """Tensors as of `forward`; dbias may be None."""
     width, heads = x.shape[-1], x.shape[1] if x.ndim == 3 else 1
     n_rows = x.shape[0] * heads
-    target = target_of(x.device)
-    rows, block, warps = _tile(width, HELD // 2, target)
+    # A thread holds twice as much a column as forward.
+    rows, block, warps = _tile("norm_backward", x, HELD // 2)
     fused, whole = width <= FUSED, width <= block
     if not whole:
         block //= 2
@@ -326,16 +322,17 @@ def backward(centered, dy, x, weight, eps, residual_grad, dx, dweight, dbias):
         dy, x, weight, residual_grad, dx, parts if fused else None, statistics,
         *row_strides(dy), *row_strides(x), *row_strides(residual_grad), *row_strides(dx),
         n_rows, heads, width, eps,
-        CENTERED=centered, WHOLE=whole, ROWS=rows, BLOCK=block,
-        num_warps=min(2 * warps, 512 // target.warp_size),  # a thread holds twice as much a column
+        CENTERED=centered, WHOLE=whole, ROWS=rows, BLOCK=block, num_warps=warps,
     )  # fmt: skip
     if not fused:
+        chosen = configuration("norm_backward_columns", x.device, x.dtype, width)
         launch(
-            norm_backward_columns, (triton.cdiv(width, 256), n_parts),
+            norm_backward_columns, (triton.cdiv(width, chosen["BLOCK"]), n_parts),
             dy, x, statistics, parts, *row_strides(dy), *row_strides(x), n_rows, heads, width,
-            CENTERED=centered, ROWS=8, BLOCK=256, num_warps=128 // target.warp_size,
+            CENTERED=centered, **chosen,
         )  # fmt: skip
+    chosen = configuration("norm_backward_sum", x.device, x.dtype, width)
     launch(
-        norm_backward_sum, (triton.cdiv(width, 32),), parts, dweight, dbias, n_parts, width,
-        ROWS=PARTS, BLOCK=32, num_warps=128 // target.warp_size,
+        norm_backward_sum, (triton.cdiv(width, chosen["BLOCK"]),), parts, dweight, dbias, n_parts,
+        width, ROWS=PARTS, **chosen,
     )  # fmt: skip

@@ -4,16 +4,16 @@ The rows of a tile are the queries times the heads that share a KV head, so that
 read once for all of them. Sums start afresh each `SPLIT_KEYS` keys, counted from key 0, and are put
 together in order: by the program itself, or by a second kernel where each split has a program
 (flash-decoding). Which it is, and how many rows a tile has, is decided by shapes alone, never by
-integers on the device; so a CUDA graph can replay it. A row's bits depend on neither: warps lie
-along rows, each sums its 16 by the same instructions, and programs of two warps never use those of
-a group of four (wgmma, tcgen05).
+integers on the device; so a CUDA graph can replay it. A row's bits depend on neither: a tile of few
+rows and one of many have as many warps, which share a block's keys and the head dim in one way, and
+are too small for the instructions of four warps (wgmma, tcgen05).
 
 The floor is the bytes of the keys and values: 20 us for 16 sequences of 8192 keys and one KV head
 with D = 128 in halves at the 3.35 TB/s of an H100. Predicted there, not yet measured: 70 % of the
-bandwidth for halves from 8192 keys at a batch of 16 with 8 KV heads on (a warp a program, three
+bandwidth for halves from 8192 keys at a batch of 16 with 8 KV heads on (two warps a program, three
 blocks of 16 keys on their way, by shared memory 7 programs a multiprocessor), 50 % for bytes, which
-take 6 instructions each to widen; prompts 150 TFLOP/s, limited by shared memory, of which
-each fragment serves 16 rows. With D = 256 a prompt's sums of the splits before lie in local memory.
+take 6 instructions each to widen; prompts 150 TFLOP/s, and half of that from D = 128 on, limited by
+shared memory, of which each fragment serves 32 and 16 rows.
 """
 
 import torch
@@ -30,6 +30,7 @@ from pyllm.kernels.attention_tile import (
     piece,
     with_sink,
 )
+from pyllm.kernels.configurations import configuration
 from pyllm.kernels.launch import knows_e4m3, launch, precision, target_of
 from pyllm.kernels.primitives import dot, from_e4m3, round_to
 
@@ -257,7 +258,9 @@ def paged_attention(
     if k_cache.dtype == torch.float8_e4m3fn and not knows_e4m3(target):
         k_cache, v_cache = k_cache.view(torch.uint8), v_cache.view(torch.uint8)
     max_keys = page_table.shape[1] * page_size if pages else 0
-    rows = 16 if tokens * group <= 32 * batch else 32
+    few = "16 rows" if tokens * group <= 32 * batch else "32 rows"
+    tile = configuration("paged_attention", q.device, q.dtype, dim, few)
+    rows = tile["BLOCK_M"]
     grid = tokens * group // rows + batch, kv_heads
     splits = max(1, triton.cdiv(max_keys, SPLIT_KEYS))
     sums = tops = None
@@ -269,9 +272,9 @@ def paged_attention(
     common = {
         "D": dim, "BLOCK_D": max(16, triton.next_power_of_2(dim)), "GROUP": group,
         "BLOCK_M": rows, "SPLIT": SPLIT_KEYS, "LEFT": left >= 0,
-        "num_warps": 1 if rows == 16 else 2,
+        "num_warps": tile["num_warps"],
     }  # fmt: skip
-    keys = 16  # of more, a warp's addresses alone would take half of its registers
+    keys = tile["BLOCK_N"]
     hip = {"matrix_instr_nonkdim": 16} if target.backend == "hip" else {}
     launch(
         _attention, (*grid, splits if sums is not None else 1), q, k_cache, v_cache, out, sums,
@@ -279,7 +282,7 @@ def paged_attention(
         *q.stride()[:2], *k_cache.stride(), *v_cache.stride(), *out.stride()[:2],
         page_table.stride(0), batch, tokens, pages - 1, max_keys, page_size, heads, scale, softcap,
         left, BLOCK_N=keys, WHOLE=page_size % keys == 0, SOFTCAP=softcap != 0,
-        PRECISION=precision(q.dtype, target), num_stages=4, **common, **hip,
+        PRECISION=precision(q.dtype, target), num_stages=tile["num_stages"], **common, **hip,
     )  # fmt: skip
     if sums is not None:
         launch(

@@ -21,7 +21,8 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import configuration, knows_e4m3, launch, precision, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import knows_e4m3, launch, precision, target_of
 from pyllm.kernels.primitives import dot, from_e4m3, round_to
 
 
@@ -166,15 +167,7 @@ def splits_of(n, steps, step, multiprocessors):
     return min(most, max(1, triton.cdiv(2 * multiprocessors, tiles)))
 
 
-def _tiles(op, case, tokens, device):
-    """Rows of x and of the weight, warps, stages of copies."""
-    rows = 16 if tokens <= 16 else 32 if tokens <= 32 else 64 if tokens <= 64 else 128
-    columns, warps, stages = (64, 4, 4) if rows <= 64 else (128, 8, 3)
-    default = {"BLOCK_M": rows, "BLOCK_N": columns, "num_warps": warps, "num_stages": stages}
-    return configuration(op, f"{case} rows={rows}", device, default)
-
-
-def _run(op, case, x, q, scale, minimum, x_scale, bias, out, n, step, counters, multiprocessors,
+def _run(mode, x, q, scale, minimum, x_scale, bias, out, n, step, counters, multiprocessors,
          **options):  # fmt: skip
     (tokens, k), target = x.shape, target_of(x.device)
     if tokens == 0:
@@ -183,7 +176,8 @@ def _run(op, case, x, q, scale, minimum, x_scale, bias, out, n, step, counters, 
     splits = splits_of(n, steps, step, multiprocessors)
     per_split = triton.cdiv(steps, splits)
     splits = triton.cdiv(steps, per_split)
-    tiles = _tiles(op, case, tokens, x.device)
+    rows = max(16, min(tokens, 128))
+    tiles = configuration("quant_matmul", x.device, x.dtype, rows, mode)
     grid = triton.cdiv(n, tiles["BLOCK_N"]), triton.cdiv(tokens, tiles["BLOCK_M"])
     alone = splits == 1 or grid[0] * grid[1] > 2 * multiprocessors
     sums = None
@@ -200,7 +194,7 @@ def _run(op, case, x, q, scale, minimum, x_scale, bias, out, n, step, counters, 
 def quant_matmul(x, weight, bits, n, bias, out, counters, multiprocessors):
     """``out = x @ weight.T + bias``: x ``[T, K]``, weight `Chunks`; `counters` are int32 zeros."""
     _run(
-        "quant_matmul", f"{x.dtype} {bits} bits", x, *weight[:3], None, bias, out, n,
+        f"{bits} bits", x, *weight[:3], None, bias, out, n,
         2 * weight.size, counters, multiprocessors, BITS=bits, CHUNK=weight.size, WIDEN=False,
     )  # fmt: skip
 
@@ -212,6 +206,6 @@ def row_matmul(x, x_scale, q, scale, bias, out, counters, multiprocessors):
     if widen:
         x, q = x.view(torch.uint8), q.view(torch.uint8)
     _run(
-        "quant_matmul", f"{x.dtype} rows", x, q, scale, None, x_scale, bias, out, len(q), 128,
+        "rows", x, q, scale, None, x_scale, bias, out, len(q), 128,
         counters, multiprocessors, BITS=8, CHUNK=128, WIDEN=widen,
     )  # fmt: skip

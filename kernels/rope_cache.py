@@ -11,10 +11,9 @@ has 0.8 MB, and costs what a launch does. Predicted, not measured.
 
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import launch, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import launch
 from pyllm.kernels.primitives import round_to
-
-HEADS = 8  # a program
 
 
 @triton.jit
@@ -118,15 +117,16 @@ def rope_cache(
     if tokens == 0:
         return
     power = triton.next_power_of_2
-    parts = triton.cdiv(heads, HEADS) + 2 * triton.cdiv(kv_heads, HEADS)
+    chosen = configuration("rope_cache", q.device, q.dtype, width)
+    a_part = chosen["HEADS"]
+    parts = triton.cdiv(heads, a_part) + 2 * triton.cdiv(kv_heads, a_part)
     launch(
         rope_cache_kernel, (tokens, parts),
         q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, out,
         *q.stride()[:2], *k.stride()[:2], *v.stride()[:2], *out.stride()[:2], cos_sin.stride(0),
         *k_cache.stride(), *v_cache.stride()[:3], page_table.stride(0),
         heads, kv_heads, half, width, cos_sin.shape[0], batch, max_pages, pages, page_size,
-        INTERLEAVED=interleaved, HEADS=HEADS, HALF=power(half) if half else 0,
+        INTERLEAVED=interleaved, HALF=power(half) if half else 0,
         REST=power(width - 2 * half) if width > 2 * half else 0, WIDTH=power(width),
-        BATCH=power(max(batch, 1)), num_warps=128 // target_of(q.device).warp_size,
-        enable_fp_fusion=False,
+        BATCH=power(max(batch, 1)), enable_fp_fusion=False, **chosen,
     )  # fmt: skip

@@ -14,11 +14,10 @@ us a time: 20 us without cuts, 90 us with one. Predicted, not measured.
 import torch
 import triton
 import triton.language as tl
-from pyllm.kernels.launch import launch, target_of
+from pyllm.kernels.configurations import configuration
+from pyllm.kernels.launch import launch
 from pyllm.kernels.primitives import exp
 
-CHUNK = 2048  # logits of a program where many share a row
-BLOCK = 4096  # logits that the program of a row reads at once
 LARGEST = tl.constexpr(3.4028234663852886e38)
 INFINITY = tl.constexpr(float("inf"))
 
@@ -262,9 +261,10 @@ def sample(
     rows, n = logits.shape
     if rows == 0:
         return
-    chunks = triton.cdiv(n, CHUNK)
-    power, lanes = triton.next_power_of_2(chunks), target_of(logits.device).warp_size
-    warps, row_warps = 128 // lanes, 512 // lanes
+    chosen = configuration("sample", logits.device, logits.dtype, n)
+    of_row = configuration("sample_row", logits.device, logits.dtype, n)
+    chunks = triton.cdiv(n, chosen["CHUNK"])
+    power = triton.next_power_of_2(chunks)
     penalties = (repetition_penalty, presence_penalty, frequency_penalty)
     marks = scores = weights = raw_largest = raw_sum = None
     if any(p is not None for p in penalties):
@@ -273,7 +273,7 @@ def sample(
         if room:
             launch(
                 count_kernel, (rows, triton.cdiv(room, 1024)), marks, history, history.stride(0),
-                prompt_lens, history_lens, room, n, BLOCK=1024, num_warps=warps,
+                prompt_lens, history_lens, room, n, BLOCK=1024, num_warps=chosen["num_warps"],
             )  # fmt: skip
     if temperature is not None:
         scores = empty((rows, n), torch.float32)
@@ -284,16 +284,15 @@ def sample(
         raw_largest, raw_sum = (empty((rows, chunks), torch.float32) for _ in range(2))
     launch(
         scan_kernel, (rows, chunks), logits, logits.stride(0), marks, *penalties, scores, largest,
-        largest_at, raw_largest, raw_sum, n, chunks, CHUNK=CHUNK, num_warps=warps,
-        enable_fp_fusion=False,
+        largest_at, raw_largest, raw_sum, n, chunks, enable_fp_fusion=False, **chosen,
     )  # fmt: skip
     if temperature is not None:
         launch(
             weights_kernel, (rows, chunks), scores, weights, temperature, largest, n, chunks,
-            CHUNK=CHUNK, CHUNKS=power, num_warps=warps, enable_fp_fusion=False,
+            CHUNKS=power, enable_fp_fusion=False, **chosen,
         )  # fmt: skip
     launch(
         choose_kernel, (rows,), logits, logits.stride(0), scores, weights, largest, largest_at,
         raw_largest, raw_sum, temperature, top_k, top_p, min_p, seed, position, token, logprob, n,
-        chunks, CHUNKS=power, BLOCK=BLOCK, num_warps=row_warps, enable_fp_fusion=False,
+        chunks, CHUNKS=power, enable_fp_fusion=False, **of_row,
     )  # fmt: skip

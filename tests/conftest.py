@@ -40,11 +40,20 @@ def backend_of(item):
     return getattr(item, "callspec", None) and item.callspec.params.get("backend")
 
 
+def why_no_interpreter():
+    from pyllm.ops import device
+
+    return device.missing("triton", "cpu")
+
+
 def pytest_collection_modifyitems(config, items):
     for item in items:
         if backend_of(item) in ON_DEVICE:
             item.add_marker(pytest.mark.gpu)
     if "triton" not in ON_DEVICE:
+        interpreted = [item for item in items if backend_of(item) == "triton"]
+        for item in interpreted if (why := interpreted and why_no_interpreter()) else ():
+            item.add_marker(pytest.mark.skip(reason=why))
         count = Counter()
         for item in items:
             if backend_of(item) == "triton":

@@ -19,6 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyllm import _C
 from pyllm.ops import device as ops_device
+from pyllm.ops.library import define
 from pyllm.runtime.device import Gpu
 
 _HOST_READS = {
@@ -214,6 +215,8 @@ class World:
         }
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
+        # For the mode that watches captures, which no GPU has, no op goes to the dispatcher.
+        monkeypatch.setattr(define, "_len_torch_dispatch_stack", lambda: 0)
         library = ops_device.library
         monkeypatch.setattr(ops_device, "library", lambda name: _Library(self, library(name)))
         if importlib.util.find_spec("triton"):

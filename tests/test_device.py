@@ -9,8 +9,9 @@ from fake_gpu import CaptureRefused, FakeGpu, World
 from tiny_models import VOCAB, tiny_gguf, tiny_hf
 
 from pyllm import LLM
+from pyllm.runtime import engine as engine_module
 from pyllm.runtime import llm as llm_module
-from pyllm.runtime.device import Gpu, Processor, bucket, find_device
+from pyllm.runtime.device import Gpu, Processor, bucket, buckets, find_device
 
 
 @pytest.fixture(scope="module")
@@ -71,6 +72,29 @@ def test_steps_overlap(monkeypatch, path, plain):
     assert sum(begun) >= 36
     assert world.replays >= 38
     assert world.captures == 1  # a graph of four sequences, of which one is padding
+
+
+def test_nothing_is_captured_while_serving_what_was_warmed_up(monkeypatch, world, path, plain):
+    llm = on_device(monkeypatch, world, path)
+    assert llm.warm_up() == world.captures == len(buckets(16)) == 5
+    assert llm.warm_up() == world.captures == 5  # once is enough
+    for n in (1, 3, 11):
+        assert answers(llm, prompts(n)) == answers(plain, prompts(n))
+    assert world.captures == 5
+    assert llm.engine.cache.n_free == llm.engine.cache.n_pages
+
+
+def test_more_sizes_than_are_kept_by_themselves_are_kept_when_warmed_up(monkeypatch, path):
+    world = World().install(monkeypatch)
+    monkeypatch.setattr(engine_module, "MAX_GRAPHS", 2)
+    llm = on_device(monkeypatch, world, path)
+    assert llm.warm_up() == 5
+    answers(llm, prompts(3))
+    assert world.captures == 5
+
+
+def test_on_the_processor_there_is_nothing_to_warm_up(plain):
+    assert plain.warm_up() == 0
 
 
 def test_numbers_of_sequences_are_padded():

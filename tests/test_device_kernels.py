@@ -1,21 +1,18 @@
 """A whole model by the kernels of a device: CUDA C++ by the emulator, Triton by its interpreter."""
 
-import importlib.util
-
 import pytest
 import torch
 from fake_gpu import World
 from test_device import answers, on_device, prompts
 from tiny_models import tiny_gguf
 
+from pyllm import LLM
+from pyllm.ops import device
 from pyllm.runtime.lookup import PromptLookup
 
+WHY_NOT = device.missing("triton", "cpu")
 KERNELS = ["emulator,triton,reference", "triton,emulator,reference"]
-
-
-pytestmark = pytest.mark.skipif(
-    importlib.util.find_spec("triton") is None, reason="Triton is not installed"
-)
+executed = pytest.mark.skipif(WHY_NOT is not None, reason=str(WHY_NOT))
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +28,7 @@ def near_ties(reference, prompt, token_ids, eps):
     return int((gaps > 0).sum())
 
 
+@executed
 @pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_kernels_write(monkeypatch, path, kernels, dtype):
@@ -47,6 +45,7 @@ def test_the_kernels_write(monkeypatch, path, kernels, dtype):
     assert sum(near_ties(reference, prompt, ids, eps) for prompt, ids in pairs) <= 2
 
 
+@executed
 @pytest.mark.parametrize("kernels", KERNELS)
 def test_the_kernels_in_every_way(monkeypatch, path, kernels):
     """The same tokens alone or in a batch, in chunks, from cached pages, guessed, sampled."""
@@ -70,3 +69,21 @@ def test_the_kernels_in_every_way(monkeypatch, path, kernels):
     assert answers(chunked, several, **new) == expected
     sampled = {"temperature": 0.8, "top_p": 0.9, "repetition_penalty": 1.2, "seed": 5, **new}
     assert answers(chunked, several, **sampled)[1:] == answers(llm, several[1:], **sampled)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no CUDA device")
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+@pytest.mark.parametrize("kernels", ["cuda,triton,reference", "triton,cuda,reference"])
+def test_a_gpu_writes(path, kernels, dtype):
+    """As above, with nothing in the place of the GPU; and nothing is captured while it serves."""
+    options = {"device": "cuda", "dtype": dtype, "max_context": 256, "max_batch": 4}
+    llm = LLM(path, backend=kernels, **options)
+    assert llm.warm_up() == 3
+    several = answers(llm, prompts(3), max_new_tokens=8)
+    assert answers(llm, prompts(3)[2:], max_new_tokens=8) == several[2:]
+    assert len(llm.engine._graphs) == 3
+    reference = LLM(path, backend="reference", **options)
+    eps = torch.finfo(getattr(torch, dtype)).eps
+    pairs = zip(prompts(3), several, strict=True)
+    assert sum(near_ties(reference, prompt, ids, eps) for prompt, (ids, _, _) in pairs) <= 4

@@ -24,8 +24,11 @@ NARROW = (
 )  # fmt: skip
 
 
-# What spills, though it should not.
-SPILLING = ("triton/flash_attention", "triton/flash_attention_backward", "triton/paged_attention")
+# What spills, though it should not: 32 and 24 bytes, beside sums that fill the registers.
+SPILLING = (
+    "triton/paged_attention/cuda:80: bf16 128 prompt: _attention",
+    "triton/paged_attention/cuda:100: bf16 256 decode: _attention",
+)
 
 
 def batch(*groups, marks=()):
@@ -56,7 +59,7 @@ def test_no_kernel_uses_local_memory():
     bad = [
         name
         for name, row in KERNELS.items()
-        if any(row.get(k) for k in machine_code.COSTS) and name.rpartition("/")[0] not in SPILLING
+        if any(row.get(k) for k in machine_code.COSTS) and name not in SPILLING
     ]
     assert not bad, f"they spill or index registers: {bad}"
 

@@ -3,7 +3,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from cases import CUDA, DTYPES, dtype_name, rand, strided
+from cases import CUDA, DEVICES, DTYPES, dtype_name, rand, strided
 from compare import assert_close, poisoned
 
 from pyllm import _C
@@ -411,6 +411,20 @@ def test_device_bad_arguments():
             quant_matmul(**{"x": x, "weight": weight, "backend": "emulator", **arguments})
     for empty in (x[:0], x[:0, None]):
         assert quant_matmul(empty, weight, backend="emulator").shape == (*empty.shape[:-1], 20)
+
+
+@pytest.mark.parametrize("n", [48, 50])
+@pytest.mark.parametrize("dtype", HALVES, ids=dtype_name)
+@pytest.mark.parametrize("backend", DEVICES)
+def test_device_float32_of_halves_is_what_would_be_rounded(n, dtype, backend):
+    """As a head gives its logits."""
+    x, bias = rand(5, 96, dtype=dtype), rand(n, seed=3)
+    weight = quantized(n, 96).to(x.device)
+    y = quant_matmul(x, weight, bias, out=poisoned((5, n), torch.float32), backend=backend)
+    assert not torch.equal(y, y.to(dtype).float())
+    assert torch.equal(y.to(dtype), quant_matmul(x, weight, bias, backend=backend))
+    with pytest.raises(ValueError, match=r"out: expected .*float32"):
+        quant_matmul(x, weight, out=torch.ones(5, n, dtype=torch.float64), backend=backend)
 
 
 # --- Triton's kernel, in its interpreter where there is no device

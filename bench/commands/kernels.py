@@ -183,3 +183,36 @@ def machine_code(
         console.print(t)
     if update:
         print(m.write(data))
+
+
+@app.command()
+def tune(
+    op: Annotated[list[str] | None, typer.Option(help="Only these; repeatable.")] = None,
+    shape: Annotated[list[str], typer.Option(help="Of a model; repeatable.")] = ("llama3-8b",),
+    dtype: Annotated[list[str], typer.Option(help="Repeatable.")] = ("bfloat16",),
+    match: Annotated[str | None, typer.Option(help="Only shapes with this in them.")] = None,
+    rounds: Rounds = 7,
+    out: Annotated[Path | None, typer.Option(help="Default: the user's cache.")] = None,
+):
+    """Configurations of the Triton kernels, measured on this GPU and kept for it as JSON."""
+    import torch
+
+    from pyllm.kernels import configurations
+
+    from .. import kernels, shapes
+    from ..tune import tune as measured
+
+    for option, names, known in (
+        ("--op", op or (), kernels.OPS), ("--shape", shape, shapes.SHAPES),
+        ("--dtype", dtype, kernels.DTYPES),
+    ):  # fmt: skip
+        for name in names:
+            if name not in known:
+                raise ValueError(f"{option}: expected one of {', '.join(known)}; got {name}")
+    if not torch.cuda.is_available():
+        raise ValueError("tune: expected a CUDA device; there is none")
+    found = measured(op, shape, dtype, match=match, rounds=rounds, say=make_console().print)
+    name = torch.cuda.get_device_name()
+    out = out or configurations.files(name)[1]
+    configurations.write(out, name, found)
+    print(out)

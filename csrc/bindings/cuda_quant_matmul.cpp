@@ -21,7 +21,7 @@ void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor pack
   check_bytes(c, packed, w.bytes());
   c(x, "x", "T K", {DType::F16, DType::BF16});
   c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
-  c(y, "out", "T N", {x.dtype});
+  c(y, "out", "T N", {x.dtype, DType::F32});
   c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
   c.optional(bias, "bias", "N", {DType::F32});
   if (y.numel() == 0) return;

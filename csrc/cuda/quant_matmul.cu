@@ -133,12 +133,12 @@ Status quant_matmul(const QuantMatmulArgs& a, Stream stream) {
   p.n = static_cast<int>(f.n), p.k = static_cast<int>(f.k);
   p.steps = static_cast<int>(a.plan.steps);
   p.ranges = Ranges::of(a.plan.tiles * a.plan.steps, a.plan.blocks, p.share / 2);
-  p.store_vectors = aligned<4>(a.y);
+  p.store_vectors = aligned<4>(a.y), p.wide = a.y.dtype == DType::F32;
   const int most = Plan::most_rows(f);
   for (int64_t row = 0; row < a.x.shape[0]; row += most) {
     p.rows = static_cast<int>(std::min<int64_t>(a.x.shape[0] - row, most));
     p.x = a.x.as<const uint8_t>() + row * p.x_stride;
-    p.y = a.y.as<uint8_t>() + row * p.y_stride * 2;
+    p.y = a.y.as<uint8_t>() + row * p.y_stride * item_size(a.y.dtype);
     const Status status = a.x.dtype == DType::F16 ? launch_type<f16>(f, p, a.plan.blocks, stream)
                                                   : launch_type<bf16>(f, p, a.plan.blocks, stream);
     if (status) return status;

@@ -38,9 +38,9 @@ struct QuantMatmulPlan {
   }
 };
 
-// y = x w^T + bias: x and y [T, K] and [T, N] of f16 or bf16, rows of x aligned to 16 bytes; w in
-// fragment order, bias f32 [N] or undefined. partial: f32 scratch of partial_size(T); arrived: u32
-// [at least tiles], zero before, and zero again afterwards.
+// y = x w^T + bias: x [T, K] of f16 or bf16, rows aligned to 16 bytes; y [T, N] of x's dtype or
+// f32; w in fragment order, bias f32 [N] or undefined. partial: f32 scratch of partial_size(T);
+// arrived: u32 [at least tiles], zero before, and zero again afterwards.
 struct QuantMatmulArgs {
   Tensor x, bias, y, partial, arrived;
   const uint8_t* weight;

@@ -24,6 +24,7 @@ struct Problem {
   Ranges ranges;
   int share;  // of a span there are 2^share cells
   bool store_vectors;
+  bool wide;  // y is float32
 };
 
 template <class T_, int kBits_, int kGroup_, bool kMinimum_, int kTiles_>
@@ -285,18 +286,29 @@ struct Multiplier {
       for (int e = 0; e < 2; ++e) {
         const int row = row_of(j, e);
         if (row >= p.rows) continue;
-        T* y = reinterpret_cast<T*>(p.y) + row * p.y_stride + first;
-        Vec<T, 4> rounded;
+        const int64_t at = row * p.y_stride + first;
+        Vec<float, 4> y;
 #pragma unroll
-        for (int i = 0; i < 4; ++i) rounded[i] = round_to<T>(out[j][e][i] + bias[i]);
-        if (p.store_vectors && count == 4) {
-          store(y, rounded);
-        } else {
-#pragma unroll
-          for (int i = 0; i < 4; ++i)
-            if (i < count) store(y + i, rounded[i]);
-        }
+        for (int i = 0; i < 4; ++i) y[i] = out[j][e][i] + bias[i];
+        if (p.wide)
+          store_row(reinterpret_cast<float*>(p.y) + at, y, count);
+        else
+          store_row(reinterpret_cast<T*>(p.y) + at, y, count);
       }
+  }
+
+  template <class Y>
+  __device__ __forceinline__ void store_row(Y* to, const Vec<float, 4>& y, int count) const {
+    Vec<Y, 4> rounded;
+#pragma unroll
+    for (int i = 0; i < 4; ++i) rounded[i] = round_to<Y>(y[i]);
+    if (p.store_vectors && count == 4) {
+      store(to, rounded);
+    } else {
+#pragma unroll
+      for (int i = 0; i < 4; ++i)
+        if (i < count) store(to + i, rounded[i]);
+    }
   }
 
   __device__ __forceinline__ void clear() {

@@ -68,13 +68,11 @@ class FusedLinear(nn.Module):
         return outputs
 
     def _multiply(self, x, weight, bias):
-        if isinstance(weight, torch.Tensor):
-            out = None
-            if self.dtype not in (None, x.dtype):
-                out = empty((*x.shape[:-1], weight.shape[0]), self.dtype, x.device)
-            return matmul(x, weight, bias, out=out)
-        y = quant_matmul(x, weight, bias)
-        return y if self.dtype in (None, y.dtype) else y.to(self.dtype)
+        out = None
+        if isinstance(x, torch.Tensor) and self.dtype not in (None, x.dtype):
+            out = empty((*x.shape[:-1], weight.shape[0]), self.dtype, x.device)
+        multiply = matmul if isinstance(weight, torch.Tensor) else quant_matmul
+        return multiply(x, weight, bias, out=out)
 
 
 class Embedding(nn.Module):

@@ -292,7 +292,7 @@ def _backward_triton(
     delta = torch.zeros_like(lse)
     if bias is not None:
         dlogits = torch.zeros(bias.shape, dtype=torch.float32, device=q.device)
-    device.triton_kernels("flash_attention").flash_attention_backward(
+    device.triton_kernels("flash_attention_backward").flash_attention_backward(
         do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale, *sides, softcap or 0.0,
         alibi_slopes, bias, dq, dk, dv, dlogits, delta,
     )  # fmt: skip

@@ -37,7 +37,8 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
             too, of x's dtype, or a QuantTensor that has `rows()`. A QuantTensor is repacked when
             a device first uses it, and keeps that form.
         bias: float32 ``[N]``.
-        out: where to write the result, ``[..., N]``; where `x` is quantized any float dtype.
+        out: where to write the result, ``[..., N]``; x's dtype or float32,
+            where `x` is quantized any float dtype.
 
     Returns:
         ``[..., N]`` of x's dtype, float32 where `x` is quantized.
@@ -256,9 +257,10 @@ def _triton(x, weight, bias, out):
         out = torch.empty((*x.shape[:-1], weight.shape[0]), dtype=dtype, device=x.device)
     flat, y = as_rows(tensor), as_rows(out)
     inputs = tuple(QuantRows.LIMITS) if rows else FLOATS
+    outputs = FLOATS if rows else (x.dtype, torch.float32)
     n, k = weight.shape
     _C.check("quant_matmul", [
-        (flat, "x", f"T {k}", inputs), (y, "out", f"T {n}", FLOATS if rows else x.dtype),
+        (flat, "x", f"T {k}", inputs), (y, "out", f"T {n}", outputs),
         (bias, "bias", f"{n}", torch.float32),
         *([(weight.q, "weight", f"{n} {k}", flat.dtype)] if rows else []),
     ])  # fmt: skip

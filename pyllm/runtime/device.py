@@ -24,6 +24,11 @@ def bucket(n: int) -> int:
     return next((size for size in BUCKETS if size >= n), -(-n // 8) * 8)
 
 
+def buckets(most: int) -> list[int]:
+    """All sizes that steps of up to `most` sequences are padded to."""
+    return sorted({bucket(n) for n in range(1, most + 1)})
+
+
 def find_device(name: str | None) -> "Processor | Gpu":
     """What ``"cpu"``, ``"cuda"`` or ``"cuda:1"`` stands for.
 
@@ -113,6 +118,10 @@ class Processor:
         """How many sequences a step with one token each is run with."""
         return n_sequences
 
+    def sizes(self, most: int) -> list[int]:
+        """The numbers of sequences, up to `most`, whose steps are worth capturing ahead."""
+        return []  # capturing takes as long as running
+
     def captures(self, backend: str | None) -> bool:
         """Whether steps on `backend` can be captured."""
         return backend in (None, "cpu")
@@ -178,6 +187,9 @@ class Gpu:
 
     def padded(self, n_sequences):
         return bucket(n_sequences)
+
+    def sizes(self, most):
+        return buckets(most)
 
     def captures(self, backend):
         kind = self.torch_device.type

@@ -21,7 +21,7 @@ PAGE_SIZE = 32
 # Rows of logits up to which guessed tokens are added to a step. With more, arithmetic and not
 # memory bounds it, so that another token costs as much in this step as in one of its own.
 DRAFT_ROWS = 16
-MAX_GRAPHS = 32  # kept; each keeps its logits
+MAX_GRAPHS = 32  # kept, if no more were captured ahead; each keeps its logits
 
 
 class Engine:
@@ -84,6 +84,7 @@ class Engine:
         self.backend = backend or registry.default_backend()
         self.replay = replay and self.device.captures(self.backend)
         self._graphs = OrderedDict()  # the latest used last
+        self._most_graphs = MAX_GRAPHS
         self._under_way: _Step | None = None
         self._turn = 0
         self._lock = RLock()
@@ -120,6 +121,31 @@ class Engine:
                 self._begin(work)
                 if self.device.in_flight == 1:
                     self._settle()
+
+    @torch.inference_mode()
+    def warm_up(self) -> int:
+        """Captures ahead what decoding on a GPU replays, and loads the kernels that prompts take:
+        then no request waits for that. Steps with guessed tokens are still captured when one of
+        their size first comes.
+
+        Returns:
+            How many graphs there are: on the processor none are needed.
+        """
+        with self._lock:
+            self._settle()
+            sizes = self.device.sizes(self.scheduler.max_batch)
+            if not sizes:
+                return 0
+            longest = min(self.max_context, self.scheduler.max_tokens)
+            for n in {longest, max(1, longest // 2 - 1)}:  # kernels for even and for odd numbers
+                self.logits([0] * n)
+            self._most_graphs = max(self._most_graphs, len(sizes) + DRAFT_ROWS)
+            # The largest first: the others find their memory in its.
+            for n in reversed(sizes) if self.replay else ():
+                self.inputs.fill([], [], [], n)
+                self._run(_Step([], [], [], {}), (n, n, n))
+            self.device.synchronize()
+            return len(self._graphs)
 
     @torch.inference_mode()
     def logits(self, token_ids: list[int]) -> torch.Tensor:
@@ -192,7 +218,7 @@ class Engine:
                 # hardly.
                 if n_tokens <= self.scheduler.max_rows or n_tokens == self.scheduler.max_tokens:
                     self._graphs[size] = graph
-                    if len(self._graphs) > MAX_GRAPHS:
+                    if len(self._graphs) > self._most_graphs:
                         self._graphs.popitem(last=False)
             else:
                 self._graphs.move_to_end(size)

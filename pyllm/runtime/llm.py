@@ -93,6 +93,11 @@ class LLM:
         """With ``encode(text)``, ``decode(ids)`` and ``apply_chat_template(messages)``."""
         return self.checkpoint.tokenizer()
 
+    def warm_up(self) -> int:
+        """On a GPU: captures what decoding replays, for all numbers of sequences up to `max_batch`,
+        so that no request has to wait for it. Returns how many graphs there are then."""
+        return self.engine.warm_up()
+
     def generate(self, prompt, **arguments) -> Completion | list[Completion]:
         """Continues a prompt, or each of several at once.
 
