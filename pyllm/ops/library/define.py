@@ -1,12 +1,7 @@
 """How an op is told to PyTorch: schema, fake kernel, derivative, autocast and vmap rules."""
 
 import torch
-from torch._C import (
-    _are_functorch_transforms_active,
-    _is_any_autocast_enabled,
-    _len_torch_dispatch_stack,
-    is_grad_enabled,
-)
+from torch import is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
@@ -19,6 +14,13 @@ _TAGS = (
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
 )
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
+# Names that PyTorch may change: where it has, every call takes the way that is right for all.
+_transforms, _modes, _autocast = (
+    getattr(torch._C, name, lambda: True)
+    for name in (
+        "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_is_any_autocast_enabled",
+    )
+)  # fmt: skip
 _PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
 
 
@@ -28,12 +30,7 @@ def dispatches(*tensors) -> bool:
     So it is if a tensor needs a gradient or is no plain one (fake, traced, a subclass), and under
     torch.compile, a function transform, a dispatch mode or autocast.
     """
-    if (
-        is_dynamo_compiling()
-        or _are_functorch_transforms_active()
-        or _len_torch_dispatch_stack()
-        or _is_any_autocast_enabled()
-    ):
+    if is_dynamo_compiling() or _transforms() or _modes() or _autocast():
         return True
     grad = is_grad_enabled()
     for x in tensors:
@@ -115,7 +112,7 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
 
     def call(*arguments):
         # The transforms of torch.func look into no autograd kernel.
-        if is_dynamo_compiling() or not _are_functorch_transforms_active():
+        if is_dynamo_compiling() or not _transforms():
             return op(*arguments)
         return function.apply(*arguments)
 
