@@ -216,7 +216,7 @@ class World:
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         # For the mode that watches captures, which no GPU has, no op goes to the dispatcher.
-        monkeypatch.setattr(define, "_len_torch_dispatch_stack", lambda: 0)
+        monkeypatch.setattr(define, "_modes", lambda: 0)
         library = ops_device.library
         monkeypatch.setattr(ops_device, "library", lambda name: _Library(self, library(name)))
         if importlib.util.find_spec("triton"):
