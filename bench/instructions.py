@@ -105,7 +105,7 @@ def record(cases) -> dict[str, list]:
     setting, calls = Setting("cpu", torch.float32), {}
     for op in dict.fromkeys(op for op, _ in cases):
         torch.manual_seed(0)  # what the kernels of the baseline do depends on the data
-        for case in kernels._cases(op, MODEL, SHAPES[MODEL], setting):
+        for case in kernels.cases_of(op, MODEL, SHAPES[MODEL], setting):
             shape = case.shape.removeprefix(f"{MODEL}, ")
             if (op, shape) in cases:
                 torch.manual_seed(0)

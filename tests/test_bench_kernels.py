@@ -28,7 +28,7 @@ def test_every_op(tmp_path):
     setting = case.Setting("cpu", torch.float32, small=True)
     for op in kernels.OPS:
         rows = [row for row in data["rows"] if row["op"] == op]
-        assert len(rows) == len(kernels._cases(op, "tiny", shapes.SHAPES["tiny"], setting)) > 0
+        assert len(rows) == len(kernels.cases_of(op, "tiny", shapes.SHAPES["tiny"], setting)) > 0
         for row in rows:
             assert row["backend"] == "cpu"
             assert 0 < row["low"] <= row["seconds"] <= row["high"]
@@ -120,7 +120,7 @@ def test_results_are_resumed_at_the_same_commit_only(tmp_path, monkeypatch):
 
 def test_of_long_prompts_a_part_is_verified():
     setting = case.Setting("cpu", torch.float32)
-    found = kernels._cases(
+    found = kernels.cases_of(
         "flash_attention", "m", shapes.parse("64x96x65x5x8x128")["64x96x65x5x8x128"], setting
     )
     long = next(c for c in found if c.size == 1024)
@@ -133,7 +133,7 @@ def test_of_long_prompts_a_part_is_verified():
 def test_bytes_and_operations():
     """Of a matmul of 3 tokens in Q4_0: 4.5 bits a weight, and what goes in and out."""
     setting = case.Setting("cpu", torch.float32)
-    found = kernels._cases(
+    found = kernels.cases_of(
         "quant_matmul", "m", shapes.parse("64x96x4x2x32x128")["64x96x4x2x32x128"], setting
     )
     down = next(c for c in found if "down Q4_0 16 x 96 x 64" in c.shape)
@@ -174,7 +174,7 @@ def test_baselines_compute_the_same(op):
     """What is timed beside us does the same work: it gives the same result."""
     torch.manual_seed(0)
     setting = case.Setting("cpu", torch.float32, small=True)
-    for c in kernels._cases(op, "tiny", shapes.SHAPES["tiny"], setting):
+    for c in kernels.cases_of(op, "tiny", shapes.SHAPES["tiny"], setting):
         if op == "sample" and not c.options["greedy"]:
             continue  # it draws other numbers
         arguments = c.make()

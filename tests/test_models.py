@@ -66,10 +66,10 @@ def our_dequantize(data, ggml_type):
     return QuantTensor.from_gguf(raw.reshape(-1), ggml_type.name, shape).dequantize().numpy()
 
 
-def rounding_quant_matmul(x, weight, bias):
+def rounding_quant_matmul(x, weight, bias, out=None):
     """quant_matmul in plain PyTorch, on activations rounded to 8 bits."""
     x = quantize_activation(x, weight.group_size, backend="reference")
-    return quant_matmul(x, weight, bias, backend="reference")
+    return quant_matmul(x, weight, bias, out=out, backend="reference")
 
 
 def cosine(a, b):

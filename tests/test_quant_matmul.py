@@ -397,7 +397,7 @@ def test_device_bad_arguments():
         ({"x": x[:, :32]}, r"x: expected \[T, 64\], got float16\[2, 32\]"),
         ({"bias": torch.ones(7)}, r"bias: expected float32\[N\], got float32\[7\]"),
         ({"out": torch.ones(2, 21).half()}, r"out: expected \[T, 20\]"),
-        ({"out": torch.ones(2, 20)}, "out: expected float16"),
+        ({"out": torch.ones(2, 20).bfloat16()}, "out: expected float"),
         ({"x": quantize_activation(x)}, "takes no QuantActivation"),
         ({"bias": torch.ones(20, device="meta")}, "bias: expected it on cpu, got meta"),
         (
@@ -503,8 +503,8 @@ def test_triton_bad_arguments():
     cases = [
         ({"x": x[:, :32]}, r"x: expected .*\[T 64\], got float16\[2, 32\]"),
         ({"bias": torch.ones(7)}, r"bias: expected float32\[20\], got float32\[7\]"),
-        ({"out": torch.ones(2, 21).half()}, r"out: expected float16\[T 20\]"),
-        ({"out": torch.ones(2, 20)}, "out: expected float16"),
+        ({"out": torch.ones(2, 21).half()}, r"out: expected float16\|float32\[T 20\]"),
+        ({"out": torch.ones(2, 20).bfloat16()}, "out: expected float"),
         ({"x": quantize_activation(x)}, "takes no QuantActivation with QuantTensor"),
         ({"weight": pack_fragments(weight)}, "takes no Tensor with QuantFragments"),
         ({"bias": torch.ones(20, device="meta")}, "bias: expected it on cpu, got meta"),
