@@ -3,6 +3,7 @@
 import torch
 
 from pyllm.ops import flash_attention
+from pyllm.ops._attention import as_bias
 
 # As transformers knows it.
 NAME = "pyllm"
@@ -37,9 +38,3 @@ def attend(
         window=window if causal else None, softcap=softcap, bias=mask, sinks=sinks,
         backend=backend,
     )  # fmt: skip
-
-
-def as_bias(seen, dtype):
-    """A mask of bool as one that is added to the logits."""
-    zeros = torch.zeros(seen.shape, dtype=dtype, device=seen.device)
-    return zeros.masked_fill_(~seen, float("-inf"))

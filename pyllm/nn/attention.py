@@ -8,6 +8,7 @@ from torch import nn
 from pyllm.nn.linear import multiply
 from pyllm.nn.swap import Swapped
 from pyllm.ops import flash_attention
+from pyllm.ops._attention import as_bias
 
 
 class MultiheadAttention(nn.MultiheadAttention):
@@ -90,10 +91,7 @@ class MultiheadAttention(nn.MultiheadAttention):
 
 def _as_bias(mask, dtype):
     """A mask of torch's modules, whose bools say what is hidden."""
-    if mask.dtype != torch.bool:
-        return mask.to(dtype)
-    zeros = torch.zeros(mask.shape, dtype=dtype, device=mask.device)
-    return zeros.masked_fill(mask, float("-inf"))
+    return as_bias(~mask, dtype) if mask.dtype == torch.bool else mask.to(dtype)
 
 
 class Attention(nn.Module):
@@ -150,7 +148,7 @@ class Attention(nn.Module):
             for y in (self.q_proj(x), self.k_proj(context), self.v_proj(context))
         )
         if mask is not None and mask.dtype == torch.bool:
-            mask = _as_bias(~mask, q.dtype)
+            mask = as_bias(mask, q.dtype)
         y = flash_attention(q, k, v, bias=mask, backend=self.backend, **self.options)
         return self.o_proj(y.flatten(2))
 

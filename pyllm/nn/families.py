@@ -26,19 +26,19 @@ class HuggingFaceRMSNorm(Swapped):
 
     def forward(self, x, residual=None, quantize=None):
         return rms_norm(
-            x, self.weight, self.pyllm_eps, residual=residual, quantize=quantize,
+            x, self.factor(), self.pyllm_eps, residual=residual, quantize=quantize,
             backend=self.backend,
         )  # fmt: skip
+
+    def factor(self):
+        return self.weight
 
 
 class GemmaRMSNorm(HuggingFaceRMSNorm):
     """Of Gemma: ``(1 + weight) * normalized``."""
 
-    def forward(self, x, residual=None, quantize=None):
-        return rms_norm(
-            x, self.weight.float() + 1, self.pyllm_eps, residual=residual, quantize=quantize,
-            backend=self.backend,
-        )  # fmt: skip
+    def factor(self):
+        return self.weight.float() + 1
 
 
 def _eps(module):

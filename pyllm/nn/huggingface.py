@@ -17,9 +17,10 @@ from transformers import AttentionInterface, AttentionMaskInterface, PreTrainedC
 from transformers.masking_utils import bidirectional_mask_function, causal_mask_function, sdpa_mask
 from transformers.utils.output_capturing import _active_collector
 
-from pyllm.nn.attend import NAME, as_bias, attend
+from pyllm.nn.attend import NAME, attend
 from pyllm.nn.swap import original_class
 from pyllm.ops import flash_attention
+from pyllm.ops._attention import as_bias
 
 MAX_HEAD_SIZE = 256
 NOTES = (

@@ -22,6 +22,12 @@ def window_sides(window, causal: bool) -> tuple[int, int]:
     return left, min(right, 0) if causal and right >= 0 else 0 if causal else right
 
 
+def as_bias(seen, dtype):
+    """A mask of bool, true where a key is seen, as one that is added to the logits."""
+    zeros = torch.zeros_like(seen, dtype=dtype, memory_format=torch.contiguous_format)
+    return zeros.masked_fill_(~seen, float("-inf"))
+
+
 def attend(q, k, v, *, scale, sides, softcap, alibi_slopes, bias, sinks, dtype=None):
     """Attention of one sequence as the formula reads.
 

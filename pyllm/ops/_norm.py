@@ -4,6 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import device
+from pyllm.ops.alloc import check_same_memory
 from pyllm.quant import QuantRows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -23,11 +24,8 @@ def flattened(x, other, out, total=None):
         ValueError: if `out` could be flattened only by copying it.
     """
     flat = at_most_3d(out)
-    if out is not None and flat.data_ptr() != out.data_ptr():
-        raise ValueError(
-            f"out: expected leading dimensions that can be flattened to one without a copy, got "
-            f"{list(out.shape)} with strides {list(out.stride())}"
-        )
+    if out is not None:
+        check_same_memory(out, flat)
     return at_most_3d(x), at_most_3d(other), flat, at_most_3d(total)
 
 

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
-from pyllm.ops._attention import FLOATS
+from pyllm.ops._attention import FLOATS, as_bias
 from pyllm.ops.flash_attention import flash_attention
 
 _NAME = "scaled_dot_product_attention"
@@ -166,7 +166,7 @@ def _heads(query, key, value, enable_gqa):
 def _bias(mask, dtype, batch, count, keys):
     """`mask` as ``[B|1, H|1, L|1, S]`` to add to the logits."""
     if mask.dtype == torch.bool:
-        mask = torch.zeros_like(mask, dtype=dtype).masked_fill(~mask, float("-inf"))
+        mask = as_bias(mask, dtype)
     mask = mask[(None,) * max(0, 3 - mask.ndim)]
     leading = mask.shape[:-3]
     if all(size == 1 for size in leading):

@@ -62,3 +62,12 @@ def empty_quantized(x: torch.Tensor, group_size: int) -> QuantActivation:
     rows, k = x.shape
     row_bytes = QuantActivation.row_bytes(k, group_size)
     return QuantActivation(empty((rows, row_bytes), torch.uint8, x.device), k, group_size)
+
+
+def check_same_memory(out: torch.Tensor, flat: torch.Tensor) -> None:
+    """Raises ValueError if `out` was flattened by copying it: what is written would be lost."""
+    if flat.data_ptr() != out.data_ptr():
+        raise ValueError(
+            f"out: expected leading dimensions that can be flattened to one without a copy, got "
+            f"{list(out.shape)} with strides {list(out.stride())}"
+        )

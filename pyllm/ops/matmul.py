@@ -4,7 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import library
-from pyllm.ops.alloc import empty_rows
+from pyllm.ops.alloc import check_same_memory, empty_rows
 from pyllm.ops.registry import Op
 
 _OP = Op("matmul")
@@ -74,9 +74,6 @@ def flat(x, *, writes=False):
     if x.ndim < 4 and x.is_contiguous():
         return x
     rows = as_rows(x)
-    if writes and rows.data_ptr() != x.data_ptr():
-        raise ValueError(
-            f"out: expected leading dimensions that can be flattened to one without a copy, got "
-            f"{list(x.shape)} with strides {list(x.stride())}"
-        )
+    if writes:
+        check_same_memory(x, rows)
     return rows
