@@ -15,7 +15,7 @@ void submit(std::initializer_list<Launch> launches) {
   if (current) {
     for (const Launch& launch : launches) current->record(launch);
   } else {
-    ThreadPool::get().run(launches.begin(), launches.size());
+    ThreadPool::get().run(launches.begin(), launches.size(), true);
   }
 }
 

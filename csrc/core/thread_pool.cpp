@@ -35,6 +35,11 @@ constexpr int64_t kWorthWaking = 60'000;
 // Jobs that follow one another as fast as this are a stream, which is worth waking threads for.
 constexpr auto kStream = std::chrono::microseconds(10);
 
+// OpenMP spins for some five milliseconds. While it does, a job on its threads costs one or two
+// microseconds; later 120, since it also waits for the last thread to come.
+constexpr auto kTeamSpin = std::chrono::milliseconds(2);
+constexpr int64_t kWorthTeam = 6'000, kWorthWakingTeam = 150'000;
+
 // Whether `word` changes while this spins.
 bool spin_while(const std::atomic<uint32_t>& word, uint32_t value) {
   Clock::time_point deadline{};
@@ -107,8 +112,8 @@ void ThreadPool::start() {
 
 void ThreadPool::stop() {
   quit_ = true;
-  phase_.fetch_add(1);
-  phase_.notify_all();
+  jobs_.fetch_add(1);
+  jobs_.notify_all();
   for (std::thread& t : threads_) t.join();
   threads_.clear();
   quit_ = false;
@@ -175,13 +180,23 @@ void ThreadPool::work(int thread, uint32_t phase) {
   advance(phase, index_ + 1);
 }
 
+// Works until the job is over.
+void ThreadPool::take_part(int thread) {
+  for (;;) {
+    const uint32_t phase = phase_.load(std::memory_order_acquire);
+    if (!running_.load(std::memory_order_relaxed)) return;
+    work(thread, phase);
+    if (!spin_while(phase_, phase)) phase_.wait(phase, std::memory_order_acquire);
+  }
+}
+
 void ThreadPool::worker(int thread) {
   while (!quit_) {
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    work(thread, phase);
-    if (quit_ || spin_while(phase_, phase)) continue;
+    const uint32_t job = jobs_.load(std::memory_order_acquire);
+    take_part(thread);
+    if (quit_ || spin_while(jobs_, job)) continue;
     asleep_.fetch_add(1, std::memory_order_relaxed);
-    phase_.wait(phase, std::memory_order_acquire);
+    jobs_.wait(job, std::memory_order_acquire);
     asleep_.fetch_sub(1, std::memory_order_relaxed);
   }
 }
@@ -196,40 +211,53 @@ void ThreadPool::run_alone(const Launch* launches, size_t n, int64_t* ns) {
   }
 }
 
-// Whether threads should take part in a job: they do if any is awake.
-bool ThreadPool::worth_waking(const Launch* launches, size_t n) {
-  if (asleep_.load(std::memory_order_relaxed) < static_cast<int>(threads_.size())) return true;
+// Whether more threads than the caller should take part in a job.
+bool ThreadPool::worth_sharing(const Launch* launches, size_t n, bool team) {
+  int64_t least = kWorthWaking;
+  if (team)
+    least = Clock::now() - last_team_ < kTeamSpin ? kWorthTeam : kWorthWakingTeam;
+  else if (asleep_.load(std::memory_order_relaxed) < static_cast<int>(threads_.size()))
+    return true;
   int64_t work = 0;
   for (size_t i = 0; i < n; ++i)
-    if ((work += launches[i].work) >= kWorthWaking) return true;
-  return Clock::now() - last_short_ < kStream;
+    if ((work += launches[i].work) >= least) return true;
+  return !team && Clock::now() - last_short_ < kStream;
 }
 
-void ThreadPool::run_timed(const Launch* launches, size_t n, int64_t* ns) {
+void ThreadPool::run_timed(const Launch* launches, size_t n, int64_t* ns, bool beside_torch) {
   if (n == 0) return;
   std::unique_lock<std::mutex> lock(busy_, std::try_to_lock);
   if (!lock.owns_lock() || n_threads_ == 1 || (n == 1 && launches[0].count(launches[0].args) <= 1))
     return run_alone(launches, n, ns);
-  if (!worth_waking(launches, n)) {
+  const OpenMp* team = beside_torch ? openmp() : nullptr;
+  if (team && team->max_threads() != n_threads_) team = nullptr;  // PyTorch's are others, or none
+  if (!worth_sharing(launches, n, team)) {
     run_alone(launches, n, ns);
     last_short_ = Clock::now();
     return;
   }
-  if (threads_.empty()) start();
+  if (!team && threads_.empty()) start();
   launches_ = launches;
   n_launches_ = n;
   ns_ = ns;
   if (ns) opened_ = Clock::now();
   running_.store(true, std::memory_order_relaxed);
   advance(phase_.load(std::memory_order_relaxed), 0);
-  for (;;) {
-    const uint32_t phase = phase_.load(std::memory_order_acquire);
-    if (!running_.load(std::memory_order_relaxed)) return;
-    work(0, phase);
-    if (!spin_while(phase_, phase)) phase_.wait(phase, std::memory_order_acquire);
+  if (team) {
+    const auto member = [](void* pool) {
+      static_cast<ThreadPool*>(pool)->take_part(openmp()->thread());
+    };
+    team->parallel(member, this, n_threads_, 0);
+    last_team_ = Clock::now();
+    return;
   }
+  jobs_.fetch_add(1);  // sequentially consistent: a waiter is either counted or sees the new value
+  jobs_.notify_all();
+  take_part(0);
 }
 
-void ThreadPool::run(const Launch* launches, size_t n) { run_timed(launches, n, nullptr); }
+void ThreadPool::run(const Launch* launches, size_t n, bool beside_torch) {
+  run_timed(launches, n, nullptr, beside_torch);
+}
 
 }  // namespace pyllm

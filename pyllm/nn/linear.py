@@ -3,17 +3,23 @@
 import torch
 from torch import nn
 
+from pyllm import _C
 from pyllm.ops import embedding, matmul, quant_matmul
 from pyllm.ops.alloc import empty
 from pyllm.ops.library import dispatches
 
 # Up to so many rows pyllm's product of dtypes on the CPU was faster than PyTorch's at every size
-# measured: weights are read at the speed of memory, 1.5 to 3 times faster in float32.
-_FEW_ROWS = {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4}
+# measured: few rows are bound by reading the weights, and PyTorch has no fast product of float16,
+# nor of bfloat16 before AVX-512.
+_ALL = 1 << 40
+_FEW_ROWS = {
+    "avx512": {torch.float32: _ALL, torch.bfloat16: 256, torch.float16: _ALL},
+    "avx2": {torch.float32: 8, torch.bfloat16: _ALL, torch.float16: _ALL},
+}.get(_C.isa(), {torch.float32: 8, torch.bfloat16: 4, torch.float16: 4})
 
 
 class Linear(nn.Linear):
-    """As ``torch.nn.Linear``; few rows at inference on the CPU are multiplied by pyllm's kernel.
+    """As ``torch.nn.Linear``, at inference on the CPU by pyllm's kernel where that is faster.
 
     Attributes:
         backend: of the op; None: as `pyllm.ops.registry` chooses.
