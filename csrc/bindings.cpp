@@ -3,6 +3,8 @@
 namespace pyllm {
 void register_runtime(pybind11::module_& m);
 void register_check(pybind11::module_& m);
+void register_output(pybind11::module_& m);
+void register_route(pybind11::module_& m);
 void register_length_prefixed(pybind11::module_& m);
 void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
@@ -23,6 +25,8 @@ PYBIND11_MODULE(_C, m) {
   m.doc() = "The compiled part of pyllm: CPU kernels, the thread pool and the plan.";
   pyllm::register_runtime(m);
   pyllm::register_check(m);
+  pyllm::register_output(m);
+  pyllm::register_route(m);
   pyllm::register_length_prefixed(m);
   pyllm::register_layer_norm(m);
   pyllm::register_rms_norm(m);

@@ -280,7 +280,7 @@ def test_environment_chooses_threads_and_instruction_set():
             ValueError,
             r"x: expected .*\[T H D\], got float32\[1, 1, 2, 8\]",
         ),
-        (None, ValueError, r"x: expected .*\[T H D\], got float32\[\]"),
+        (None, TypeError, "expected a torch.Tensor, got .*NoneType"),
     ],
     ids=str,
 )

@@ -10,8 +10,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 from torch.library import opcheck
 
 from pyllm import ops
-from pyllm.ops.library import dispatches
-from pyllm.ops.registry import use
+from pyllm.ops.registry import dispatches, use
 
 differentiable = pytest.mark.parametrize("name", DIFFERENTIABLE)
 # Those whose derivative is PyTorch's can be differentiated on.

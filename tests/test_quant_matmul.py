@@ -201,9 +201,7 @@ def test_bad_arguments():
             "backend 'cpu' takes no QuantRows; 'reference' does",
         ),
         (
-            lambda: _C.quantize_matmul(
-                x, torch.empty(2, 64).byte(), weight.packed[1:], 20, 64, 4, 32, True, None, x
-            ),
+            lambda: _C.quantize_matmul(x, weight.packed[1:], 20, 64, 4, 32, True, None, None),
             "weight: expected packed uint8",
         ),
     ]

@@ -18,22 +18,15 @@ inline int64_t max_splits(int64_t keys) { return (keys + kSplitKeys - 1) / kSpli
 
 // How many floats the partial results of a call need: 0 if threads do not share the splits of a
 // sequence, because there is one split only or too many queries.
-inline int64_t attention_partials(int64_t batch, int64_t tokens, int64_t heads, int64_t kv_heads,
-                                  int64_t head_dim, int64_t max_keys) {
-  if (tokens == 0 || kv_heads == 0 || head_dim == 0 || max_splits(max_keys) < 2) return 0;
-  AttentionArgs a{};
-  int32_t ragged;
-  a.cu_seqlens_q = &ragged;  // so that q.shape[1] counts all tokens
-  a.batch = batch;
-  a.q.shape[1] = tokens, a.q.shape[2] = heads, a.q.shape[3] = head_dim;
-  a.k.shape[2] = kv_heads;
-  if (a.group() == 0) return 0;
-  return a.slots() * heads * max_splits(max_keys) * a.partial_size();
+inline int64_t partial_floats(const AttentionArgs& a) {
+  const bool dense = !a.cu_seqlens_q;
+  if (a.max_splits < 2 || (dense && a.q.shape[1] > a.split_queries())) return 0;
+  return a.slots() * a.q.shape[2] * a.max_splits * a.partial_size();
 }
 
 struct AttentionOptions {
   float scale, softcap;
-  Tensor alibi_slopes, sinks, partials;
+  Tensor alibi_slopes, sinks;
 };
 
 // The checks that the two ops have in common, once H, Hkv and D are known.
@@ -68,13 +61,9 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a, int64_t 
   fill_options(a, options);
   // Some thirty multiplications a nanosecond, were every query to see as many keys as may be.
   const int64_t work = a.q.numel() * max_keys * 2 / 30;
-  if (options.partials.defined() && options.partials.numel() > 0) {
-    const int64_t needed = a.slots() * c.dim("H") * a.max_splits * a.partial_size();
-    c(options.partials, "partials", "_", {DType::F32});
-    c.require(options.partials.numel() >= needed, "partials: expected " + std::to_string(needed) +
-                                                      " floats, got " +
-                                                      std::to_string(options.partials.numel()));
-    a.partials = options.partials.as<float>();
+  if (const int64_t floats = partial_floats(a)) {
+    const Scratch partials = scratch(1, floats * static_cast<int64_t>(sizeof(float)));
+    a.partials = partials.tensor.as<float>();
     run(make_launch(name, kernels().attention, a, work),
         make_launch("attention_combine", kernels().attention_combine, AttentionCombineArgs{a}, 0));
   } else {

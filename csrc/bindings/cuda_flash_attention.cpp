@@ -29,7 +29,7 @@ void cuda_flash_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
     c.optional(bias, "bias", "B H Sq Sk", kFloats);
     a.batch = static_cast<int>(std::min<int64_t>(c.dim("B"), INT32_MAX));
   }
-  const AttentionOptions options{scale, softcap, alibi_slopes, sinks, {}};
+  const AttentionOptions options{scale, softcap, alibi_slopes, sinks};
   check_cuda_attention(c, options, {{"q", q}, {"k", k}, {"v", v}, {"out", out}});
   if (a.batch == 0 || q.numel() == 0) return;
   a.q = q, a.k = k, a.v = v, a.out = out, a.bias = bias;

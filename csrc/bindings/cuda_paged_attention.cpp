@@ -17,7 +17,7 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
   check_paged_batch(c, cu_seqlens_q, page_table, context_lens, k_scale, v_scale, out, q.dtype);
   const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
   c.require(page_size >= 1, "k_cache: expected a page size of at least 1, got 0");
-  const AttentionOptions options{scale, softcap, alibi_slopes, sinks, {}};
+  const AttentionOptions options{scale, softcap, alibi_slopes, sinks};
   check_cuda_attention(c, options,
                        {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}});
   for (const Tensor* t : {&k_cache, &v_cache})

@@ -4,9 +4,11 @@
 namespace pyllm {
 namespace {
 
-void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor cu_seqlens_k,
-                     float scale, int64_t left, int64_t right, float softcap, Tensor alibi_slopes,
-                     Tensor bias, Tensor sinks, Tensor out, Tensor lse, Tensor partials) {
+py::object flash_attention(py::handle q_object, Tensor k, Tensor v, Tensor cu_seqlens_q,
+                           Tensor cu_seqlens_k, float scale, int64_t left, int64_t right,
+                           float softcap, Tensor alibi_slopes, Tensor bias, Tensor sinks,
+                           py::handle out_object, Tensor lse) {
+  Tensor q = tensor_from_python(q_object);
   Check c("flash_attention");
   AttentionArgs a{};
   const bool ragged = cu_seqlens_q.defined();
@@ -14,6 +16,8 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor c
   c(q, "q", sizes("B Sq H D", "Tq H D"), kFloats);
   c(k, "k", sizes("B Sk Hkv D", "Tk Hkv D"), kFloats);
   c(v, "v", sizes("B Sk Hkv D", "Tk Hkv D"), {k.dtype});
+  const Output output = output_like(out_object, q_object, q);
+  Tensor out = output.tensor;
   c(out, "out", sizes("B Sq H D", "Tq H D"), {q.dtype});
   c.optional(lse, "lse", sizes("B Sq H", "Tq H"), {DType::F32}, /*contiguous=*/true);
   c.require(ragged == cu_seqlens_k.defined(), "cu_seqlens_q and cu_seqlens_k come together");
@@ -39,21 +43,12 @@ void flash_attention(Tensor q, Tensor k, Tensor v, Tensor cu_seqlens_q, Tensor c
   a.lse = lse.as<float>();
   a.left = left;
   a.right = right;
-  run_attention(c, "flash_attention", a, k.shape[1],
-                {scale, softcap, alibi_slopes, sinks, partials});
-}
-
-int64_t flash_attention_partials(Tensor q, Tensor k) {
-  if (q.ndim != 4 || k.ndim != 4) return 0;  // the call will say what is wrong
-  return attention_partials(q.shape[0], q.shape[0] * q.shape[1], q.shape[2], k.shape[2], q.shape[3],
-                            k.shape[1]);
+  run_attention(c, "flash_attention", a, k.shape[1], {scale, softcap, alibi_slopes, sinks});
+  return output.object;
 }
 
 }  // namespace
 
-void register_flash_attention(py::module_& m) {
-  def_fast<&flash_attention>(m, "flash_attention");
-  m.def("flash_attention_partials", &flash_attention_partials);
-}
+void register_flash_attention(py::module_& m) { def_fast<&flash_attention>(m, "flash_attention"); }
 
 }  // namespace pyllm

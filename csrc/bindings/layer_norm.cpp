@@ -1,27 +1,32 @@
-#include "bindings/bindings.h"
+#include "bindings/norm.h"
 
 namespace pyllm {
 namespace {
 
-void layer_norm(Tensor x, Tensor weight, Tensor bias, float eps, Tensor residual, Tensor y,
-                Tensor residual_out) {
-  for (Tensor* t : {&x, &residual, &y, &residual_out}) *t = with_heads(*t);
+py::object layer_norm(py::handle x_object, Tensor weight, Tensor bias, float eps, Tensor residual,
+                      py::handle out, py::handle residual_out) {
+  const Tensor given = tensor_from_python(x_object);
+  Tensor x = with_heads(given);
+  residual = with_heads(residual);
   Check c("layer_norm");
   c(x, "x", "T H D", kFloats);
   c.optional(weight, "weight", "D", kFloats);
   c.optional(bias, "bias", "D", kFloats);
   if (weight.defined() && bias.defined()) c.same_dtype(weight, "weight", bias, "bias");
-  c.optional(residual, "residual", "T H D", {x.dtype});
-  c(y, "out", "T H D", {x.dtype});
-  c.optional(residual_out, "residual_out", "T H D", {x.dtype});
-  c.require(residual.defined() == residual_out.defined(),
-            "residual and residual_out come together");
-  if (x.numel() == 0) return;
-  merge_heads({&x, &residual, &y, &residual_out});
+  NormOutputs results(c, x_object, given, residual, out, residual_out);
+  if (x.numel() == 0) return results.result();
+  merge_heads({&x, &residual, &results.rows, &results.sums});
   if (!weight.defined()) weight.dtype = bias.dtype;
-  LayerNormArgs args{x, weight,       bias, residual,
-                     y, residual_out, eps,  rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
+  LayerNormArgs args{x,
+                     weight,
+                     bias,
+                     residual,
+                     results.rows,
+                     results.sums,
+                     eps,
+                     rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
   run(make_launch("layer_norm", kernels().layer_norm, args, x.numel() / 4));
+  return results.result();
 }
 
 }  // namespace

@@ -4,14 +4,16 @@
 namespace pyllm {
 namespace {
 
-void matmul(Tensor x, Tensor w, Tensor bias, Tensor y) {
-  x = as_rows(x), y = as_rows(y);
+py::object matmul(py::handle x_object, Tensor w, Tensor bias, py::handle out) {
+  const Tensor given = tensor_from_python(x_object), x = as_rows(given);
   Check c("matmul");
   c(w, "weight", "N K", kFloats);
   c(x, "x", "T K", kFloats);
   c.optional(bias, "bias", "N", {DType::F32});
+  const Output output = output_rows(out, x_object, given, c.dim("N"));
+  const Tensor y = as_rows(output.tensor);
   c(y, "out", "T N", kFloats);
-  if (y.numel() == 0) return;
+  if (y.numel() == 0) return output.object;
   // Several chunks a thread, in whole tiles; tokens in blocks that stay in L2 while w passes.
   constexpr int64_t kTokenBytes = 512 * 1024, kWanted = 6, kTileRows = 6, kTileTokens = 4;
   const int64_t tokens = x.shape[0], n = w.shape[0], threads = ThreadPool::get().size();
@@ -25,6 +27,7 @@ void matmul(Tensor x, Tensor w, Tensor bias, Tensor y) {
   // A weight is read at some ten bytes a nanosecond, and multiplied by some forty numbers.
   const int64_t work = w.numel() * item_size(w.dtype) / 10 + w.numel() * tokens / 40;
   run(make_launch("matmul", kernels().matmul, MatmulArgs{x, w, bias, y, rows, block}, work));
+  return output.object;
 }
 
 }  // namespace

@@ -17,13 +17,16 @@ void check_contexts(const Check& c, const Tensor& cu_seqlens_q, const Tensor& pa
   }
 }
 
-void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q,
-                     Tensor page_table, Tensor context_lens, float scale, int64_t left,
-                     float softcap, Tensor alibi_slopes, Tensor sinks, Tensor k_scale,
-                     Tensor v_scale, Tensor out, Tensor partials) {
+py::object paged_attention(py::handle q_object, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens_q,
+                           Tensor page_table, Tensor context_lens, float scale, int64_t left,
+                           float softcap, Tensor alibi_slopes, Tensor sinks, Tensor k_scale,
+                           Tensor v_scale, py::handle out_object) {
   Check c("paged_attention");
+  const Tensor q = tensor_from_python(q_object);
   c(q, "q", "T H D", kFloats);
   check_caches(c, k_cache, v_cache, {DType::F32, DType::BF16, DType::F16, DType::I8});
+  const Output output = output_like(out_object, q_object, q);
+  const Tensor& out = output.tensor;
   check_paged_batch(c, cu_seqlens_q, page_table, context_lens, k_scale, v_scale, out, q.dtype);
   const int64_t batch = c.dim("B"), page_size = c.dim("page_size");
   if (!capturing()) {
@@ -47,14 +50,12 @@ void paged_attention(Tensor q, Tensor k_cache, Tensor v_cache, Tensor cu_seqlens
   a.left = left;
   a.right = 0;
   run_attention(c, "paged_attention", a, a.max_pages * page_size,
-                {scale, softcap, alibi_slopes, sinks, partials});
+                {scale, softcap, alibi_slopes, sinks});
+  return output.object;
 }
 
 }  // namespace
 
-void register_paged_attention(py::module_& m) {
-  m.def("paged_attention", &paged_attention);
-  m.def("attention_partials", &attention_partials);
-}
+void register_paged_attention(py::module_& m) { def_fast<&paged_attention>(m, "paged_attention"); }
 
 }  // namespace pyllm

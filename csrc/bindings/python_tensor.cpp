@@ -77,11 +77,6 @@ class NoTorchFunction {
   py::object guard_;
 };
 
-py::object owned(PyObject* object) {
-  if (!object) throw py::error_already_set();
-  return py::reinterpret_steal<py::object>(object);
-}
-
 void read_sizes(const py::object& tuple, int64_t* out, int ndim) {
   for (int i = 0; i < ndim; ++i) {
     out[i] = PyLong_AsLongLong(PyTuple_GET_ITEM(tuple.ptr(), i));
@@ -168,6 +163,8 @@ DType dtype_from_python(py::handle object) {
     throw py::type_error("expected a dtype that pyllm knows, got " + std::string(py::str(object)));
   return static_cast<DType>(found - std::begin(dtypes));
 }
+
+py::handle dtype_to_python(DType dtype) { return torch().dtypes[static_cast<int>(dtype)]; }
 
 Tensor tensor_from_python(py::handle object, bool any_device) {
   constexpr const char* kExpected = "a dense torch.Tensor that has memory";

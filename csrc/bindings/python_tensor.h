@@ -7,6 +7,11 @@
 #include "core/tensor.h"
 
 namespace pyllm {
+// A new reference from Python's C API; throws the exception that it set if there is none.
+inline pybind11::object owned(PyObject* object) {
+  if (!object) throw pybind11::error_already_set();
+  return pybind11::reinterpret_steal<pybind11::object>(object);
+}
 // Throws a TypeError unless `object` is a dense tensor with memory, of a dtype that we know, on the
 // CPU unless `any_device`.
 Tensor tensor_from_python(pybind11::handle object, bool any_device = false);
@@ -15,6 +20,7 @@ Tensor tensor_from_python(pybind11::handle object, bool any_device = false);
 bool use_dlpack(bool enabled);
 // Throws py::type_error unless `object` is a torch.dtype that we know.
 DType dtype_from_python(pybind11::handle object);
+pybind11::handle dtype_to_python(DType dtype);
 }  // namespace pyllm
 
 namespace pybind11::detail {

@@ -41,32 +41,38 @@ void quantize_activation(Tensor x, Tensor q, int group_size) {
   run(quantize(x, q, group_size));
 }
 
+void check_out(Check& c, const Tensor& y, int64_t n) {
+  c(y, "out", "T N", kFloats);
+  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+}
+
 void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int group_size,
                   bool has_minimum, Tensor bias, Tensor y) {
   Check c("quant_matmul");
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
   check_quantized(c, q, "x", k, group_size);
-  c(y, "out", "T N", kFloats);
-  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  check_out(c, y, n);
   c.optional(bias, "bias", "N", {DType::F32});
   if (y.numel() == 0) return;
   run(multiply(q, w, bias, y));
 }
 
-// x is quantized into q first.
-void quantize_matmul(Tensor x, Tensor q, Tensor packed, int64_t n, int64_t k, int bits,
-                     int group_size, bool has_minimum, Tensor bias, Tensor y) {
+// x is quantized first.
+py::object quantize_matmul(py::handle x_object, Tensor packed, int64_t n, int64_t k, int bits,
+                           int group_size, bool has_minimum, Tensor bias, py::handle out) {
   Check c("quant_matmul");
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
-  x = as_rows(x), y = as_rows(y);
+  const Tensor given = tensor_from_python(x_object), x = as_rows(given);
   c(x, "x", "T K", kFloats);
   c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
-  check_quantized(c, q, "scratch", k, group_size);
-  c(y, "out", "T N", kFloats);
-  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  const Output output = output_rows(out, x_object, given, n);
+  const Tensor y = as_rows(output.tensor);
+  check_out(c, y, n);
   c.optional(bias, "bias", "N", {DType::F32});
-  if (y.numel() == 0) return;
-  run(quantize(x, q, group_size), multiply(q, w, bias, y));
+  if (y.numel() == 0) return output.object;
+  const Scratch q = scratch(x.shape[0], ActivationLayout{k, group_size}.row_bytes());
+  run(quantize(x, q.tensor, group_size), multiply(q.tensor, w, bias, y));
+  return output.object;
 }
 
 void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int packed_group_size,

@@ -56,6 +56,6 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
 
 }  // namespace
 
-void register_rope_cache(py::module_& m) { m.def("rope_cache", &rope_cache); }
+void register_rope_cache(py::module_& m) { def_fast<&rope_cache>(m, "rope_cache"); }
 
 }  // namespace pyllm

@@ -4,7 +4,6 @@
 #include <cstddef>
 #include <cstdint>
 #include <cstring>
-#include <initializer_list>
 #include <type_traits>
 
 namespace pyllm {
@@ -40,6 +39,6 @@ Launch make_launch(const char* name, void (*kernel)(const Args&, int64_t), const
 }
 
 // Runs the launches in order, or, while a plan is being captured on this thread, records them.
-void submit(std::initializer_list<Launch> launches);
+void submit(const Launch* launches, size_t n);
 
 }  // namespace pyllm

@@ -11,11 +11,11 @@ thread_local Plan* current = nullptr;
 
 bool capturing() { return current != nullptr; }
 
-void submit(std::initializer_list<Launch> launches) {
+void submit(const Launch* launches, size_t n) {
   if (current) {
-    for (const Launch& launch : launches) current->record(launch);
+    for (size_t i = 0; i < n; ++i) current->record(launches[i]);
   } else {
-    ThreadPool::get().run(launches.begin(), launches.size(), true);
+    ThreadPool::get().run(launches, n, true);
   }
 }
 

@@ -20,7 +20,7 @@ from pyllm.nn.linear import Linear, multiply
 from pyllm.nn.quant_linear import QuantLinear, fuse
 from pyllm.nn.swap import Swapped, Unfit, original_class
 from pyllm.ops import quant_matmul, rope_cache
-from pyllm.ops.library import dispatches
+from pyllm.ops.registry import dispatches
 
 _IMPLEMENTATION = "_attn_implementation_internal"
 # Arguments of a layer that change nothing here.

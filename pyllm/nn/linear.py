@@ -6,7 +6,7 @@ from torch import nn
 from pyllm import _C
 from pyllm.ops import embedding, matmul, quant_matmul
 from pyllm.ops.alloc import empty
-from pyllm.ops.library import dispatches
+from pyllm.ops.registry import dispatches
 
 # Up to so many rows pyllm's product of dtypes on the CPU was faster than PyTorch's at every size
 # measured: few rows are bound by reading the weights, and PyTorch has no fast product of float16,

@@ -24,7 +24,9 @@ class RMSNorm(nn.RMSNorm):
             _only_last(self, residual, quantize)
             y = rms_norm(*_as_one(self, x, _ones(self, x)), eps, backend=self.backend)
             return y.view(x.shape)
-        weight = _ones(self, x) if self.weight is None else self.weight
+        weight = parameter(self, "weight")
+        if weight is None:
+            weight = _ones(self, x)
         return rms_norm(
             _with_rows(x), weight, eps, residual=_with_rows(residual), quantize=quantize,
             backend=self.backend,
@@ -48,14 +50,20 @@ class LayerNorm(nn.LayerNorm):
             x_, weight, bias = _as_one(self, x, self.weight, self.bias)
             return layer_norm(x_, weight, bias, self.eps, backend=self.backend).view(x.shape)
         return layer_norm(
-            _with_rows(x), self.weight, self.bias, self.eps, residual=_with_rows(residual),
-            backend=self.backend,
+            _with_rows(x), parameter(self, "weight"), parameter(self, "bias"), self.eps,
+            residual=_with_rows(residual), backend=self.backend,
         )  # fmt: skip
+
+
+def parameter(module, name):
+    """``module.name`` in a fifth of the time: norms of few rows take less than two of those."""
+    parameters = module._parameters
+    return parameters[name] if name in parameters else getattr(module, name)
 
 
 def _with_rows(x):
     """`x` with its last dimension contiguous, which torch's norms do not ask for."""
-    return x if x is None or x.stride(-1) == 1 else x.contiguous()
+    return x if x is None or x.is_contiguous() or x.stride(-1) == 1 else x.contiguous()
 
 
 def _ones(norm, x):

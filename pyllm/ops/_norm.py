@@ -4,7 +4,7 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import device
-from pyllm.ops.alloc import check_same_memory
+from pyllm.ops.alloc import check_same_memory, empty_like
 from pyllm.quant import QuantRows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -29,6 +29,11 @@ def flattened(x, other, out, total=None):
     return at_most_3d(x), at_most_3d(other), flat, at_most_3d(total)
 
 
+def outputs(x, residual, out):
+    """What a CPU kernel writes to: the result, and the sum if there is a residual."""
+    return empty_like(x) if out is None else out, None if residual is None else empty_like(x)
+
+
 def wide(x):
     """`x` in float32, or in float64 if it is that."""
     return x.to(torch.promote_types(x.dtype, torch.float32))
@@ -44,7 +49,7 @@ def finish(y, total, x, residual, quantize, out):
 
 
 def check_quantize(op, quantize, out):
-    """Raises unless `quantize` is None, a group size, or a dtype that rows can be quantized to."""
+    """Raises unless `quantize` is a group size or a dtype that rows can be quantized to."""
     rows = isinstance(quantize, torch.dtype)
     if rows and quantize not in QuantRows.LIMITS:
         raise ValueError(f"{op}: quantize: expected int8 or float8_e4m3fn, got {quantize}")

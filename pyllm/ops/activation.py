@@ -124,9 +124,7 @@ def activation_backward(kind, dy, gate, up=None, *, backend=None):
 
 
 def _run(kind, x, up, quantize, out, backend):
-    if library.dispatches(x, up):
-        return library.activation(kind, x, up, out, backend)
-    return _OP.implementation(x, backend)(kind, x, up, out, quantize)
+    return _OP.serve(library.activation, backend, x, up)(kind, x, up, out, quantize)
 
 
 def _gelu_kind(approximate):
@@ -195,10 +193,10 @@ def _cpu(kind, x, up, out, quantize=None):
         y = empty_quantized(x, quantize)
         _C.activation(kind, x, up, None, y.data, quantize)
         return y
+    if x.ndim < 4:
+        return _C.activation(kind, x, up, out, None, 0)
     y = empty_like(x) if out is None else out
-    result = y
-    if x.ndim > 3:
-        x, up, result, _ = flattened(x, up, y)
+    x, up, result, _ = flattened(x, up, y)
     _C.activation(kind, x, up, result, None, 0)
     return y
 

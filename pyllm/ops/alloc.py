@@ -5,6 +5,7 @@ from contextlib import contextmanager
 
 import torch
 
+from pyllm import _C
 from pyllm.quant import QuantActivation
 
 
@@ -22,11 +23,17 @@ _CPU = torch.device("cpu")
 @contextmanager
 def use(arena):
     """Within the block, ops take their outputs from `arena` (see `pyllm.runtime.graph.Arena`)."""
-    before, _local.arena = _local.arena, arena
+    before = _local.arena
     try:
+        _set(arena)
         yield
     finally:
-        _local.arena = before
+        _set(before)
+
+
+def _set(arena):
+    _local.arena = arena
+    _C.use_arena(arena is not None)  # bindings that allocate then call `empty`
 
 
 def empty(shape, dtype: torch.dtype, device=_CPU) -> torch.Tensor:
@@ -49,8 +56,11 @@ def empty_like(x: torch.Tensor) -> torch.Tensor:
 
 def empty_rows(x: torch.Tensor, width: int) -> torch.Tensor:
     """An uninitialized contiguous ``[..., width]`` for ``x [..., K]``, of its dtype and device."""
-    shape, arena = (*x.shape[:-1], width), _local.arena
-    return x.new_empty(shape) if arena is None else arena.empty(shape, x.dtype)
+    *leading, _ = x.shape
+    arena = _local.arena
+    if arena is not None:
+        return arena.empty((*leading, width), x.dtype)
+    return x.new_empty(*leading, width)  # half a microsecond less than for a tuple
 
 
 def empty_quantized(x: torch.Tensor, group_size: int) -> QuantActivation:

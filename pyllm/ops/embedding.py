@@ -28,9 +28,7 @@ def embedding(token_ids, weight, *, out=None, backend=None):
         ValueError: for an id that does not exist, or shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    if library.dispatches(token_ids, weight):
-        return library.embedding(token_ids, weight, out, backend)
-    return _OP.implementation(token_ids, backend)(token_ids, weight, out)
+    return _OP.serve(library.embedding, backend, token_ids, weight)(token_ids, weight, out)
 
 
 @_OP.register("reference")

@@ -13,7 +13,7 @@ from pyllm.ops._attention import (
     sinks_gradient,
     window_sides,
 )
-from pyllm.ops.alloc import empty, empty_like
+from pyllm.ops.alloc import empty
 from pyllm.ops.registry import Op
 
 _OP = Op("flash_attention")
@@ -71,15 +71,13 @@ def flash_attention(
         BackendError: if `backend` cannot serve.
     """
     scale = q.shape[-1] ** -0.5 if scale is None else scale
-    sides = window_sides(window, causal)
-    if library.dispatches(q, k, v, alibi_slopes, bias, sinks):
-        return library.flash_attention(
-            q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes, bias, sinks,
-            return_lse, out, backend,
-        )  # fmt: skip
-    return _OP.implementation(q, backend)(
-        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes,
-        expanded(bias, q, k), sinks, return_lse, out,
+    sides = (-1, 0 if causal else -1) if window is None else window_sides(window, causal)
+    serve = _OP.serve(library.flash_attention, backend, q, k, v, alibi_slopes, bias, sinks)
+    if bias is not None:
+        bias = expanded(bias, q, k)
+    return serve(
+        q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes, bias, sinks,
+        return_lse, out,
     )  # fmt: skip
 
 
@@ -186,14 +184,10 @@ def _cpu(
     q, k, v, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes, bias, sinks,
     return_lse, out,
 ):  # fmt: skip
-    out = empty_like(q) if out is None else out
     lse = empty(q.shape[:-1], torch.float32) if return_lse else None
-    partials = None
-    if cu_seqlens_q is None and (size := _C.flash_attention_partials(q, k)):
-        partials = empty((size,), torch.float32)
-    _C.flash_attention(
+    out = _C.flash_attention(
         q, k, v, cu_seqlens_q, cu_seqlens_k, scale, *sides, softcap or 0.0, alibi_slopes, bias,
-        sinks, out, lse, partials,
+        sinks, out, lse,
     )  # fmt: skip
     return (out, lse) if return_lse else out
 

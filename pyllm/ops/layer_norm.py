@@ -7,7 +7,6 @@ import torch
 from pyllm import _C
 from pyllm.ops import _norm, library
 from pyllm.ops._norm import flattened
-from pyllm.ops.alloc import empty_like
 from pyllm.ops.registry import Op
 
 _OP = Op("layer_norm")
@@ -37,10 +36,10 @@ def layer_norm(
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    _norm.check_quantize("layer_norm", quantize, out)
-    if library.dispatches(x, weight, bias, residual):
-        return library.layer_norm(x, weight, bias, eps, residual, quantize, out, backend)
-    return _OP.implementation(x, backend)(x, weight, bias, eps, residual, quantize, out)
+    if quantize is not None:
+        _norm.check_quantize("layer_norm", quantize, out)
+    serve = _OP.serve(library.layer_norm, backend, x, weight, bias, residual)
+    return serve(x, weight, bias, eps, residual, quantize, out)
 
 
 def layer_norm_backward(
@@ -102,11 +101,10 @@ def _cpu(x, weight, bias, eps, residual, quantize, out):
     if quantize is not None:
         # There is no kernel for one scale a row: nothing on the CPU multiplies it.
         raise ValueError(f"layer_norm: quantize: expected None on the CPU, got {quantize}")
-    y = empty_like(x) if out is None else out
-    total = None if residual is None else empty_like(x)
-    rows, sums = y, total
-    if x.ndim > 3:
-        x, residual, rows, sums = flattened(x, residual, y, total)
+    if x.ndim < 4:
+        return _C.layer_norm(x, weight, bias, eps, residual, out, None)
+    y, total = _norm.outputs(x, residual, out)
+    x, residual, rows, sums = flattened(x, residual, y, total)
     _C.layer_norm(x, weight, bias, eps, residual, rows, sums)
     return y if total is None else (y, total)
 

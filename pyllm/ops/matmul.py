@@ -26,9 +26,7 @@ def matmul(x, weight, bias=None, *, out=None, backend=None):
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    if library.dispatches(x, weight, bias):
-        return library.matmul(x, weight, bias, out, backend)
-    return _OP.implementation(x, backend)(x, weight, bias, out)
+    return _OP.serve(library.matmul, backend, x, weight, bias)(x, weight, bias, out)
 
 
 @_OP.register("reference")
@@ -54,8 +52,9 @@ def _platform(x, weight, bias, out):
 
 @_OP.register("cpu")
 def _cpu(x, weight, bias, out):
-    if out is None:
-        out = empty_rows(x, weight.shape[0])
+    if out is None and is_flat(x):
+        return _C.matmul(x, weight, bias, None)
+    out = empty_rows(x, weight.shape[0]) if out is None else out
     _C.matmul(flat(x), weight, bias, flat(out, writes=True))
     return out
 
@@ -65,13 +64,19 @@ def as_rows(x):
     return x if x.ndim == 2 else x.unsqueeze(0) if x.ndim == 1 else x.flatten(0, -2)
 
 
+def is_flat(x):
+    """Whether a CPU kernel of rows can flatten `x` itself."""
+    ndim = x.ndim
+    return ndim < 3 or (ndim == 3 and x.is_contiguous())
+
+
 def flat(x, *, writes=False):
-    """`x` for a CPU kernel of rows, which flattens most tensors itself.
+    """`x` as a CPU kernel of rows takes it.
 
     Raises:
         ValueError: if it `writes` to x, and x could be flattened only by copying it.
     """
-    if x.ndim < 4 and x.is_contiguous():
+    if is_flat(x):
         return x
     rows = as_rows(x)
     if writes:

@@ -5,7 +5,6 @@ import torch
 from pyllm import _C
 from pyllm.ops import device, library
 from pyllm.ops._attention import FLOATS, attend, check_triton, window_sides
-from pyllm.ops.alloc import empty, empty_like
 from pyllm.ops.registry import Op
 
 _OP = Op("paged_attention")
@@ -73,9 +72,7 @@ def paged_attention(
         window_sides(window, causal=True), softcap, alibi_slopes, sinks,
         _per_head(k_scale, k_cache), _per_head(v_scale, v_cache), out,
     )  # fmt: skip
-    if library.dispatches(q, k_cache, v_cache):
-        return library.paged_attention(*arguments, backend)
-    return _OP.implementation(q, backend)(*arguments)
+    return _OP.serve(library.paged_attention, backend, q, k_cache, v_cache)(*arguments)
 
 
 def _per_head(scale, cache):
@@ -111,19 +108,10 @@ def _cpu(
     q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides, softcap,
     alibi_slopes, sinks, k_scale, v_scale, out,
 ):  # fmt: skip
-    out = empty_like(q) if out is None else out
-    partials = None
-    if q.ndim == 3 and k_cache.ndim == 4 and page_table.ndim == 2:
-        batch, max_pages = page_table.shape
-        size = _C.attention_partials(
-            batch, *q.shape[:2], k_cache.shape[2], q.shape[2], max_pages * k_cache.shape[1]
-        )
-        partials = empty((size,), torch.float32) if size else None
-    _C.paged_attention(
+    return _C.paged_attention(
         q, k_cache, v_cache, cu_seqlens_q, page_table, context_lens, scale, sides[0],
-        softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out, partials,
+        softcap or 0.0, alibi_slopes, sinks, k_scale, v_scale, out,
     )  # fmt: skip
-    return out
 
 
 def _device(backend):

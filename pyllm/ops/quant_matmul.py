@@ -7,7 +7,7 @@ import torch
 from pyllm import _C
 from pyllm.ops import device, library
 from pyllm.ops.alloc import empty, empty_quantized, empty_rows
-from pyllm.ops.matmul import as_rows, flat
+from pyllm.ops.matmul import as_rows, flat, is_flat
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantActivation, QuantFragments, QuantRows, QuantTensor
 
@@ -56,9 +56,7 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     if rows and x.q.dtype != weight.q.dtype:
         raise ValueError(f"quant_matmul: weight: expected {x.q.dtype} as x, got {weight.q.dtype}")
     tensor = x.q if rows else x.data if isinstance(x, QuantActivation) else x
-    if library.dispatches(tensor, bias):
-        return library.quant_matmul(x, weight, bias, out, backend)
-    return _OP.implementation(tensor, backend)(x, weight, bias, out)
+    return _OP.serve(library.quant_matmul, backend, tensor, bias)(x, weight, bias, out)
 
 
 def _rows_of(weight):
@@ -88,9 +86,7 @@ def quantize_activation(x, group_size=32, *, backend=None) -> QuantActivation:
         ValueError: if `group_size` is not 16 or 32, or does not divide K.
         BackendError: if `backend` cannot serve.
     """
-    if library.dispatches(x):
-        return library.quantize_activation(x, group_size, backend)
-    return _QUANTIZE.implementation(x, backend)(x, group_size)
+    return _QUANTIZE.serve(library.quantize_activation, backend, x)(x, group_size)
 
 
 def pack_fragments(weight: QuantTensor, *, backend=None) -> QuantFragments:
@@ -163,12 +159,10 @@ def _cpu(x, weight, bias, out):
             out = empty((x.data.shape[0], n), torch.float32)
         _C.quant_matmul(x.data, *weight.kernel_arguments(), bias, flat(out, writes=True))
         return out
-    if out is None:
-        out = empty_rows(x, n)
-    # While capturing, what is between the two launches belongs to the plan like any output.
-    row_bytes = QuantActivation.row_bytes(x.shape[-1], weight.packed_group_size)
-    q = empty((x.shape[:-1].numel(), row_bytes), torch.uint8)
-    _C.quantize_matmul(flat(x), q, *weight.kernel_arguments(), bias, flat(out, writes=True))
+    if out is None and is_flat(x):
+        return _C.quantize_matmul(x, *weight.kernel_arguments(), bias, None)
+    out = empty_rows(x, n) if out is None else out
+    _C.quantize_matmul(flat(x), *weight.kernel_arguments(), bias, flat(out, writes=True))
     return out
 
 

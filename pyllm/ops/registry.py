@@ -14,7 +14,9 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
+from pyllm._C import DISPATCHED, PLAIN, needs_dispatcher, route, use_backend
 from pyllm.ops import device
 
 BACKENDS = ("reference", "cpu", "cuda", "triton", "emulator")
@@ -76,23 +78,27 @@ class _Local(threading.local):
 
 
 _local = _Local()
-# Looked up in every call, which os.environ.get makes half a microsecond longer.
-_ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("PYLLM_BACKEND")
 
 
 @contextmanager
 def use(backend: str | None):
     """Within the block, this thread's calls go to `backend` unless they name one themselves."""
-    before, _local.backend = _local.backend, backend
+    before = _local.backend
     try:
+        _set(backend)
         yield
     finally:
-        _local.backend = before
+        _set(before)
+
+
+def _set(backend):
+    _local.backend = backend
+    use_backend(backend is not None)  # for `route`
 
 
 def default_backend() -> str | None:
     """The backend of calls that name none, or None where `RULES` decide."""
-    return _local.backend or (os.environ["PYLLM_BACKEND"] if _VARIABLE in _ENVIRONMENT else None)
+    return _local.backend or os.environ.get("PYLLM_BACKEND")
 
 
 class BackendError(RuntimeError):
@@ -162,12 +168,34 @@ class Op:
         """The function that serves a call whose first tensor is `x`."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.is_cpu and not (backend or default_backend()):
+        return device.guarded(x, self.backends[self.choose(x.device.type, backend, x)])
+
+    def serve(self, library_call: Callable, backend: str | None, *tensors) -> Callable:
+        """What serves a call of the public function, given the arguments of an implementation.
+
+        Args:
+            library_call: the op as PyTorch's dispatcher knows it, for calls that it has a say in.
+            backend: as the public function was given it.
+            tensors: those of the call, the one that decides on the device first.
+        """
+        way = DISPATCHED if is_dynamo_compiling() else route(backend, *tensors)
+        if way == PLAIN:
             # Nothing but the device decides (no rule for the CPU looks at more): once for all.
             if self._on_cpu is None:
                 self._on_cpu = self.backends[self.choose("cpu")]
             return self._on_cpu
-        return device.guarded(x, self.backends[self.choose(x.device.type, backend, x)])
+        if way == DISPATCHED:
+            return functools.partial(library_call, backend=backend)
+        return self.implementation(tensors[0], backend)
+
+
+def dispatches(*tensors) -> bool:
+    """Whether a call must go through PyTorch's dispatcher.
+
+    So it is if a tensor needs a gradient or is no plain one (fake, traced, a subclass), and under
+    torch.compile, a function transform, a dispatch mode or autocast.
+    """
+    return is_dynamo_compiling() or needs_dispatcher(*tensors)
 
 
 OPS: dict[str, Op] = {}

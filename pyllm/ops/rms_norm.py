@@ -7,7 +7,7 @@ import torch
 from pyllm import _C
 from pyllm.ops import _norm, library
 from pyllm.ops._norm import flattened
-from pyllm.ops.alloc import empty_like, empty_quantized
+from pyllm.ops.alloc import empty_quantized
 from pyllm.ops.registry import Op
 from pyllm.quant import QuantRows
 
@@ -36,10 +36,10 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, quantize=None, out=None, bac
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    _norm.check_quantize("rms_norm", quantize, out)
-    if library.dispatches(x, weight, residual):
-        return library.rms_norm(x, weight, eps, residual, quantize, out, backend)
-    return _OP.implementation(x, backend)(x, weight, eps, residual, quantize, out)
+    if quantize is not None:
+        _norm.check_quantize("rms_norm", quantize, out)
+    serve = _OP.serve(library.rms_norm, backend, x, weight, residual)
+    return serve(x, weight, eps, residual, quantize, out)
 
 
 def rms_norm_backward(
@@ -88,7 +88,6 @@ def _backward_reference(dy, x, weight, eps, residual_grad, out):
 
 @_OP.register("cpu")
 def _cpu(x, weight, eps, residual, quantize, out):
-    total = None if residual is None else empty_like(x)
     if quantize is not None:
         if quantize in QuantRows.LIMITS:
             # There is no kernel for one scale a row: nothing on the CPU multiplies it.
@@ -96,13 +95,13 @@ def _cpu(x, weight, eps, residual, quantize, out):
                 f"rms_norm: quantize: expected a group size on the CPU, got {quantize}"
             )
         y = empty_quantized(x, quantize)
-        _C.rms_norm(x, weight, eps, residual, None, total, y.data, quantize)
-    else:
-        y = empty_like(x) if out is None else out
-        rows, sums = y, total
-        if x.ndim > 3:
-            x, residual, rows, sums = flattened(x, residual, y, total)
-        _C.rms_norm(x, weight, eps, residual, rows, sums, None, 0)
+        results = _C.rms_norm(x, weight, eps, residual, None, None, y.data, quantize)
+        return y if residual is None else (y, results[1])
+    if x.ndim < 4:
+        return _C.rms_norm(x, weight, eps, residual, out, None, None, 0)
+    y, total = _norm.outputs(x, residual, out)
+    x, residual, rows, sums = flattened(x, residual, y, total)
+    _C.rms_norm(x, weight, eps, residual, rows, sums, None, 0)
     return y if total is None else (y, total)
 
 

@@ -58,12 +58,7 @@ def rope_cache(
             written.)
         BackendError: if `backend` cannot serve.
     """
-    if library.dispatches(q, k, v, cos_sin, k_cache, v_cache):
-        return library.rope_cache(
-            q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved,
-            out, backend,
-        )  # fmt: skip
-    return _OP.implementation(q, backend)(
+    return _OP.serve(library.rope_cache, backend, q, k, v, cos_sin, k_cache, v_cache)(
         q, k, v, cos_sin, positions, k_cache, v_cache, cu_seqlens_q, page_table, interleaved, out
     )
 

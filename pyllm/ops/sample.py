@@ -31,7 +31,7 @@ import torch
 from pyllm import _C
 from pyllm.ops import device, library
 from pyllm.ops.alloc import empty
-from pyllm.ops.registry import Op
+from pyllm.ops.registry import Op, dispatches
 
 _OP = Op("sample")
 
@@ -85,7 +85,7 @@ def sample(
         ValueError: for shapes or dtypes that do not fit together.
         BackendError: if `backend` cannot serve.
     """
-    if library.dispatches(logits):
+    if dispatches(logits):
         parameters = (
             temperature, top_k, top_p, min_p, repetition_penalty, presence_penalty,
             frequency_penalty, seed, position, history, prompt_lens, history_lens,

@@ -1,20 +1,18 @@
 """Every op as ``torch.ops.pyllm.<op>``: what autograd, torch.compile, export, autocast, vmap see.
 
-An eager call goes straight to its binding. Only where `dispatches` says that one of these has a say
-does a public function take the way through here, and PyTorch's dispatcher. What computes is the
-same implementation, chosen by the same rules.
+An eager call goes straight to its binding. Only where one of these has a say does `Op.serve` send a
+call the way through here, and PyTorch's dispatcher. What computes is the same implementation,
+chosen by the same rules.
 """
 
 from pyllm.ops.library.activation import activation
 from pyllm.ops.library.attention import flash_attention
 from pyllm.ops.library.decode import paged_attention, rope_cache, sample
-from pyllm.ops.library.define import dispatches
 from pyllm.ops.library.matmul import embedding, matmul, quant_matmul, quantize_activation
 from pyllm.ops.library.norm import layer_norm, rms_norm
 
 __all__ = [
     "activation",
-    "dispatches",
     "embedding",
     "flash_attention",
     "layer_norm",

@@ -29,7 +29,7 @@ _FUNCTIONS = {
 }
 
 
-def activation(kind, x, up, out, backend):
+def activation(kind, x, up, out, quantize, backend):
     """As the op's backends are called; groups to quantize to are not followed."""
     if up is None:
         return into("activation", out, _plain(kind, x, named(backend)), x)

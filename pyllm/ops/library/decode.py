@@ -17,9 +17,9 @@ def rope_cache(
     return into("rope_cache", out, y, q)
 
 
-def paged_attention(q, *arguments):
+def paged_attention(q, *arguments, backend):
     """As the op's backends are called."""
-    *arguments, sides, softcap, alibi_slopes, sinks, k_scale, v_scale, out, backend = arguments
+    *arguments, sides, softcap, alibi_slopes, sinks, k_scale, v_scale, out = arguments
     *tensors, scale = arguments
     y = _paged_attention(
         q, *tensors, alibi_slopes, sinks, k_scale, v_scale, scale, *sides, softcap or 0.0,

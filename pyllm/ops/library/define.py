@@ -14,32 +14,7 @@ _TAGS = (
     getattr(torch.Tag, "needs_exact_strides", torch.Tag.needs_fixed_stride_order),
 )
 _AUTOCAST = {"cpu": "AutocastCPU", "cuda": "AutocastCUDA"}
-# Names that PyTorch may change: where it has, every call takes the way that is right for all.
-_transforms, _modes, _autocast = (
-    getattr(torch._C, name, lambda: True)
-    for name in (
-        "_are_functorch_transforms_active", "_len_torch_dispatch_stack", "_is_any_autocast_enabled",
-    )
-)  # fmt: skip
-_PLAIN = frozenset({torch.Tensor, torch.nn.Parameter, type(None)})
-
-
-def dispatches(*tensors) -> bool:
-    """Whether a call must go through PyTorch's dispatcher.
-
-    So it is if a tensor needs a gradient or is no plain one (fake, traced, a subclass), and under
-    torch.compile, a function transform, a dispatch mode or autocast.
-    """
-    if is_dynamo_compiling() or _transforms() or _modes() or _autocast():
-        return True
-    grad = is_grad_enabled()
-    for x in tensors:
-        if type(x) not in _PLAIN:
-            if isinstance(x, torch.Tensor):
-                return True
-        elif grad and x is not None and x.requires_grad:
-            return True
-    return False
+_transforms = getattr(torch._C, "_are_functorch_transforms_active", lambda: True)
 
 
 def named(backend: str | None) -> str | None:
