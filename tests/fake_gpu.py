@@ -19,7 +19,7 @@ from torch.utils._pytree import tree_leaves
 
 from pyllm import _C
 from pyllm.ops import device as ops_device
-from pyllm.ops.library import define
+from pyllm.ops import registry
 from pyllm.runtime.device import Gpu
 
 _HOST_READS = {
@@ -216,7 +216,8 @@ class World:
         for name, stand_in in stand_ins.items():
             monkeypatch.setattr(torch.cuda, name, stand_in)
         # For the mode that watches captures, which no GPU has, no op goes to the dispatcher.
-        monkeypatch.setattr(define, "_modes", lambda: 0)
+        monkeypatch.setattr(registry, "needs_dispatcher", lambda *tensors: False)
+        monkeypatch.setattr(registry, "route", lambda backend, *tensors: None)
         library = ops_device.library
         monkeypatch.setattr(ops_device, "library", lambda name: _Library(self, library(name)))
         if importlib.util.find_spec("triton"):

@@ -12,13 +12,13 @@ py::object activation(const std::string& kind, py::handle x_object, Tensor up, p
   Check c("activation");
   const auto name = std::find(std::begin(kActivationNames), std::end(kActivationNames), kind);
   c.require(name != std::end(kActivationNames),
-            "kind: expected relu, silu, gelu or gelu_tanh, got '" + kind + "'");
+            "kind: expected relu, silu, gelu or gelu_tanh, got '", kind, "'");
   c(x, up.defined() ? "gate" : "x", "T H D", kFloats);
   c.optional(up, "up", "T H D", {x.dtype});
   Output output{py::none(), {}};
   Tensor y;
   if (quantized.defined()) {
-    c.require(x.shape[1] == 1, "quantize: expected [T, D], got " + describe(x));
+    c.require(x.shape[1] == 1, "quantize: expected [T, D], got ", x);
     check_quantized(c, quantized, "quantized", c.dim("D"), group_size);
   } else {
     output = output_like(out, x_object, given);

@@ -34,15 +34,13 @@ inline void check_attention_options(Check& c, const AttentionOptions& options) {
   const int64_t heads = c.dim("H"), kv_heads = c.dim("Hkv"), d = c.dim("D");
   c.optional(options.alibi_slopes, "alibi_slopes", "H", {DType::F32});
   c.optional(options.sinks, "sinks", "H", {DType::F32});
-  c.require(kv_heads >= 1 && heads % kv_heads == 0,
-            "q: expected a multiple of the " + std::to_string(kv_heads) + " KV heads, got " +
-                std::to_string(heads) + " heads");
-  c.require(d >= 1 && d <= kMaxHeadDim, "q: expected a head dim from 1 to " +
-                                            std::to_string(kMaxHeadDim) + ", got " +
-                                            std::to_string(d));
+  c.require(kv_heads >= 1 && heads % kv_heads == 0, "q: expected a multiple of the ", kv_heads,
+            " KV heads, got ", heads, " heads");
+  c.require(d >= 1 && d <= kMaxHeadDim, "q: expected a head dim from 1 to ", kMaxHeadDim, ", got ",
+            d);
   c.require(options.scale == options.scale && options.softcap >= 0,
-            "scale and softcap: expected numbers, softcap at least 0, got " +
-                std::to_string(options.scale) + " and " + std::to_string(options.softcap));
+            "scale and softcap: expected numbers, softcap at least 0, got ", options.scale, " and ",
+            options.softcap);
 }
 
 template <class Args>

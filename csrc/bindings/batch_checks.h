@@ -12,9 +12,8 @@ inline void check_cu_seqlens(const Check& c, const Tensor& cu, const char* name,
   const int64_t n = cu.shape[0];
   bool ok = at[0] == 0 && at[n - 1] == total;
   for (int64_t i = 1; i < n; ++i) ok &= at[i - 1] <= at[i];
-  c.require(ok, std::string(name) + ": expected to run from 0 to " + std::to_string(total) +
-                    " without falling, got " + std::to_string(at[0]) + " to " +
-                    std::to_string(at[n - 1]));
+  c.require(ok, name, ": expected to run from 0 to ", total, " without falling, got ", at[0],
+            " to ", at[n - 1]);
 }
 
 // The number of sequences, B of page_table [B, max_pages], has its B + 1 offsets.
@@ -22,8 +21,8 @@ inline void check_batch(Check& c, const Tensor& cu_seqlens_q, const Tensor& page
   c(page_table, "page_table", "B max_pages", {DType::I32});
   c(cu_seqlens_q, "cu_seqlens_q", "_", {DType::I32});
   c.require(cu_seqlens_q.shape[0] == c.dim("B") + 1,
-            "cu_seqlens_q: expected B + 1 = " + std::to_string(c.dim("B") + 1) + " entries, got " +
-                std::to_string(cu_seqlens_q.shape[0]));
+            "cu_seqlens_q: expected B + 1 = ", c.dim("B") + 1, " entries, got ",
+            cu_seqlens_q.shape[0]);
 }
 
 // The tensors of paged_attention beside q and the caches, which are checked before.
@@ -41,15 +40,11 @@ inline void check_paged_batch(Check& c, const Tensor& cu_seqlens_q, const Tensor
 inline void check_page(const Check& c, const Tensor& page_table, int64_t b, int64_t position,
                        int64_t page_size, int64_t pages) {
   const int64_t index = position / page_size;
-  c.require(index < page_table.shape[1],
-            "page_table: expected a page for position " + std::to_string(position) +
-                " of sequence " + std::to_string(b) + ", got room for " +
-                std::to_string(page_table.shape[1] * page_size) + " positions");
+  c.require(index < page_table.shape[1], "page_table: expected a page for position ", position,
+            " of sequence ", b, ", got room for ", page_table.shape[1] * page_size, " positions");
   const int64_t page = page_table.row<int32_t>(b)[index];
-  c.require(page >= 0 && page < pages, "page_table[" + std::to_string(b) + ", " +
-                                           std::to_string(index) + "]: expected a page from 0 to " +
-                                           std::to_string(pages - 1) + ", got " +
-                                           std::to_string(page));
+  c.require(page >= 0 && page < pages, "page_table[", b, ", ", index,
+            "]: expected a page from 0 to ", pages - 1, ", got ", page);
 }
 
 // The cache of keys and that of values. The keys of a page may also lie side by side: then the
@@ -62,9 +57,9 @@ inline void check_caches(Check& c, Tensor& k_cache, const Tensor& v_cache, DType
     std::swap(by_element.stride[1], by_element.stride[3]);
     c(by_element, "k_cache (keys side by side)", "pages D Hkv page_size", dtypes);
     c.require(c.dim("page_size") % 16 == 0 && c.dim("D") <= kMaxHeadDim,
-              "k_cache: expected a page size that is a multiple of 16 and a head dim of at most " +
-                  std::to_string(kMaxHeadDim) + " where keys lie side by side, got " +
-                  std::to_string(c.dim("page_size")) + " and " + std::to_string(c.dim("D")));
+              "k_cache: expected a page size that is a multiple of 16 and a head dim of at most ",
+              kMaxHeadDim, " where keys lie side by side, got ", c.dim("page_size"), " and ",
+              c.dim("D"));
   } else {
     c(k_cache, "k_cache", "pages page_size Hkv D", dtypes);
   }

@@ -87,13 +87,11 @@ inline void merge_heads(std::initializer_list<Tensor*> tensors) {
 // Checks the bytes of a QuantActivation of K values a row.
 inline void check_quantized(Check& c, const Tensor& q, const char* name, int64_t k,
                             int group_size) {
-  c.require((group_size == 16 || group_size == 32) && k > 0 && k % group_size == 0,
-            std::string(name) + ": expected K to be a multiple of the group size " +
-                std::to_string(group_size) + ", got " + std::to_string(k));
+  c.require((group_size == 16 || group_size == 32) && k > 0 && k % group_size == 0, name,
+            ": expected K to be a multiple of the group size ", group_size, ", got ", k);
   const int64_t row_bytes = ActivationLayout{k, group_size}.row_bytes();
   c(q, name, "T _", {DType::U8});
-  c.require(q.shape[1] == row_bytes, std::string(name) + ": expected rows of " +
-                                         std::to_string(row_bytes) + " bytes, got " + describe(q));
+  c.require(q.shape[1] == row_bytes, name, ": expected rows of ", row_bytes, " bytes, got ", q);
 }
 
 // Rows of `width` elements a chunk, so that a chunk is worth a few microseconds: short enough to

@@ -7,7 +7,7 @@ constexpr const char* kLimit = "expected fewer than 2^31 elements, got ";
 
 void check_rows(Check& c, const DeviceTensor& x, const char* name) {
   c(x, name, "T H D", kFloats);
-  c.require(x.numel() < int64_t{1} << 31, std::string(name) + ": " + kLimit + describe(x));
+  c.require(x.numel() < int64_t{1} << 31, name, ": ", kLimit, x);
 }
 
 // y is int8 or uint8 (e4m3) if there is a scale.
@@ -28,8 +28,8 @@ void norm(DeviceLibrary& library, DeviceTensor x, DeviceTensor weight, DeviceTen
   if (scale.defined()) {
     c(y, "out", "T H D", {DType::I8, DType::U8});
     c(scale, "scale", "S", {DType::F32}, true);
-    c.require(c.dim("S") == c.dim("T") * c.dim("H"),
-              "scale: expected one for each row, got " + describe(scale));
+    c.require(c.dim("S") == c.dim("T") * c.dim("H"), "scale: expected one for each row, got ",
+              scale);
   } else {
     c(y, "out", "T H D", {x.dtype});
   }
@@ -62,7 +62,7 @@ void norm_backward(DeviceLibrary& library, DeviceTensor dy, DeviceTensor x, Devi
   c(scratch, "scratch", "S", {DType::F32}, true);
   c.require(c.dim("S") >= cuda::norm_backward_scratch(c.dim("T") * c.dim("H"), c.dim("D")) &&
                 reinterpret_cast<uintptr_t>(scratch.data) % 16 == 0,
-            "scratch: expected more, and aligned to 16 bytes; got " + describe(scratch));
+            "scratch: expected more, and aligned to 16 bytes; got ", scratch);
   library.run(Centered ? &cuda::Kernels::layer_norm_backward : &cuda::Kernels::rms_norm_backward,
               {dy, x, weight, residual_grad, dx, dweight, dbias, scratch, eps}, stream,
               {{"dy", dy},

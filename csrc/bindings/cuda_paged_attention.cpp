@@ -22,7 +22,7 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
                        {{"q", q}, {"k_cache", k_cache}, {"v_cache", v_cache}, {"out", out}});
   for (const Tensor* t : {&k_cache, &v_cache})
     c.require(t->shape[0] * t->stride[0] / (16 / item_size(t->dtype)) < int64_t{1} << 32,
-              "k_cache and v_cache: expected fewer than 2^36 bytes, got " + describe(*t));
+              "k_cache and v_cache: expected fewer than 2^36 bytes, got ", *t);
   if (batch == 0 || q.numel() == 0) return;
   cuda::PagedAttentionArgs a{};
   a.q = q, a.k = k_cache, a.v = v_cache, a.out = out, a.page_table = page_table;
@@ -35,9 +35,8 @@ void cuda_paged_attention(DeviceLibrary& library, DeviceTensor q, DeviceTensor k
                                                     c.dim("D"), c.dim("max_pages") * page_size)
                                .partial_floats();
     c(partials, "partials", "_", {DType::F32});
-    c.require(
-        needed > 0 && partials.numel() >= needed,
-        "partials: expected " + std::to_string(needed) + " floats, got " + describe(partials));
+    c.require(needed > 0 && partials.numel() >= needed, "partials: expected ", needed,
+              " floats, got ", partials);
     a.partials = partials.as<float>();
   }
   a.left = left;

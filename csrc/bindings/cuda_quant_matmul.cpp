@@ -20,20 +20,20 @@ void cuda_quant_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor pack
   const QuantFragments w = quant_fragments(c, n, k, bits, group_size, has_minimum);
   check_bytes(c, packed, w.bytes());
   c(x, "x", "T K", {DType::F16, DType::BF16});
-  c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
+  c.require(x.shape[1] == k, "x: expected [T, ", k, "], got ", x);
   c(y, "out", "T N", {x.dtype, DType::F32});
-  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  c.require(y.shape[1] == n, "out: expected [T, ", n, "], got ", y);
   c.optional(bias, "bias", "N", {DType::F32});
   if (y.numel() == 0) return;
   c.require(
       reinterpret_cast<uintptr_t>(x.data) % 16 == 0 && (x.shape[0] == 1 || x.stride[0] % 8 == 0),
-      "x: expected rows aligned to 16 bytes, got " + describe(x));
+      "x: expected rows aligned to 16 bytes, got ", x);
   c.require(reinterpret_cast<uintptr_t>(packed.data) % 16 == 0,
-            "weight: expected packed bytes aligned to 16, got " + describe(packed));
+            "weight: expected packed bytes aligned to 16, got ", packed);
   c.require(multiprocessors > 0 && multiprocessors < 65536, "expected a count of multiprocessors");
   const Plan plan = Plan::of(w, multiprocessors);
-  c.require(plan.fits(), "weight: expected fewer than 2^23 rows and 2^44 values, got [" +
-                             std::to_string(n) + ", " + std::to_string(k) + "]");
+  c.require(plan.fits(), "weight: expected fewer than 2^23 rows and 2^44 values, got [", n, ", ", k,
+            "]");
   c(partial, "partial", "_", {DType::F32}, true);
   c.require(partial.shape[0] >= plan.partial_size(x.shape[0], w), "partial: expected more scratch");
   c(arrived, "arrived", "_", {DType::I32}, true);
@@ -85,13 +85,13 @@ void cuda_quant_rows_matmul(DeviceLibrary& library, DeviceTensor x, DeviceTensor
   const int64_t k = c.dim("K"), n = c.dim("N");
   c.require(k > 0 && k % 16 == 0 && k < 1 << 17,
             "x: expected K to be a multiple of 16 and below 2^17 (a sum of int8 products must fit "
-            "int32), got " +
-                describe(x));
-  c.require(n < 1 << 23, "weight: expected fewer than 2^23 rows, got " + describe(w));
+            "int32), got ",
+            x);
+  c.require(n < 1 << 23, "weight: expected fewer than 2^23 rows, got ", w);
   for (const auto& [name, t] : {std::pair<const char*, const Tensor&>{"x", x}, {"weight", w}})
     c.require(
         reinterpret_cast<uintptr_t>(t.data) % 16 == 0 && (t.shape[0] == 1 || t.stride[0] % 16 == 0),
-        std::string(name) + ": expected rows aligned to 16 bytes, got " + describe(t));
+        name, ": expected rows aligned to 16 bytes, got ", t);
   c.require(multiprocessors > 0 && multiprocessors < 65536, "expected a count of multiprocessors");
   c(partial, "partial", "_", {DType::I32}, true);
   c.require(partial.shape[0] >= rows_plan(c.dim("T"), n, k, multiprocessors).partial_size(),

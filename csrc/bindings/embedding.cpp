@@ -13,9 +13,8 @@ void look_up(Check& c, EmbeddingArgs args, int64_t vocabulary) {
   if (!capturing())
     for (int64_t t = 0; t < args.ids.shape[0]; ++t) {
       const int32_t id = args.ids.as<int32_t>()[t];
-      c.require(id >= 0 && id < vocabulary,
-                "token_ids: expected ids from 0 to " + std::to_string(vocabulary - 1) + ", got " +
-                    std::to_string(id) + " at position " + std::to_string(t));
+      c.require(id >= 0 && id < vocabulary, "token_ids: expected ids from 0 to ", vocabulary - 1,
+                ", got ", id, " at position ", t);
     }
   args.tokens_per_chunk = rows_per_chunk(args.ids.shape[0], args.y.shape[1]);
   run(make_launch("embedding", kernels().embedding, args));

@@ -21,7 +21,7 @@ int64_t peak_arithmetic(const std::string& kind, int64_t iterations) {
   Check c("peak_arithmetic");
   c.require(!capturing(), "not while a plan is being captured");
   c.require(kind == "int8" || kind == "float32" || kind == "bfloat16",
-            "expected int8, float32 or bfloat16, got '" + kind + "'");
+            "expected int8, float32 or bfloat16, got '", kind, "'");
   const Arithmetic a = kind == "int8"      ? Arithmetic::Int8
                        : kind == "float32" ? Arithmetic::F32
                                            : Arithmetic::BF16;

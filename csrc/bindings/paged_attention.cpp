@@ -8,10 +8,9 @@ void check_contexts(const Check& c, const Tensor& cu_seqlens_q, const Tensor& pa
                     const Tensor& context_lens) {
   const int32_t *cu = cu_seqlens_q.as<int32_t>(), *lens = context_lens.as<int32_t>();
   for (int64_t b = 0; b < c.dim("B"); ++b) {
-    c.require(lens[b] >= cu[b + 1] - cu[b], "context_lens[" + std::to_string(b) +
-                                                "]: expected at least the sequence's " +
-                                                std::to_string(cu[b + 1] - cu[b]) +
-                                                " new tokens, got " + std::to_string(lens[b]));
+    c.require(lens[b] >= cu[b + 1] - cu[b], "context_lens[", b,
+              "]: expected at least the sequence's ", cu[b + 1] - cu[b], " new tokens, got ",
+              lens[b]);
     for (int64_t at = 0; at < lens[b]; at += c.dim("page_size"))
       check_page(c, page_table, b, at, c.dim("page_size"), c.dim("pages"));
   }

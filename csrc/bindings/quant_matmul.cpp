@@ -43,7 +43,7 @@ void quantize_activation(Tensor x, Tensor q, int group_size) {
 
 void check_out(Check& c, const Tensor& y, int64_t n) {
   c(y, "out", "T N", kFloats);
-  c.require(y.shape[1] == n, "out: expected [T, " + std::to_string(n) + "], got " + describe(y));
+  c.require(y.shape[1] == n, "out: expected [T, ", n, "], got ", y);
 }
 
 void quant_matmul(Tensor q, Tensor packed, int64_t n, int64_t k, int bits, int group_size,
@@ -64,7 +64,7 @@ py::object quantize_matmul(py::handle x_object, Tensor packed, int64_t n, int64_
   const QuantMatrix w = quant_matrix(c, packed, n, k, bits, group_size, has_minimum);
   const Tensor given = tensor_from_python(x_object), x = as_rows(given);
   c(x, "x", "T K", kFloats);
-  c.require(x.shape[1] == k, "x: expected [T, " + std::to_string(k) + "], got " + describe(x));
+  c.require(x.shape[1] == k, "x: expected [T, ", k, "], got ", x);
   const Output output = output_rows(out, x_object, given, n);
   const Tensor y = as_rows(output.tensor);
   check_out(c, y, n);
@@ -86,11 +86,10 @@ void pack_fragments_checked(Tensor packed, int64_t n, int64_t k, int bits, int p
 }
 
 void check_matrix(const Check& c, int64_t n, int64_t k, int bits, int group_size) {
-  c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got " + std::to_string(bits));
+  c.require(bits == 4 || bits == 8, "weight: expected 4 or 8 bits, got ", bits);
   c.require(
       n > 0 && k > 0 && n < (int64_t{1} << 31) && k < (int64_t{1} << 31) && k % group_size == 0,
-      "weight: expected K to be a multiple of " + std::to_string(group_size) + ", got [" +
-          std::to_string(n) + ", " + std::to_string(k) + "]");
+      "weight: expected K to be a multiple of ", group_size, ", got [", n, ", ", k, "]");
 }
 
 }  // namespace
@@ -99,22 +98,21 @@ QuantFragments quant_fragments(const Check& c, int64_t n, int64_t k, int bits, i
                                bool has_minimum) {
   c.require((group_size == k && k % 16 == 0) || group_size == 16 || group_size == 32 ||
                 group_size == 64 || group_size == 128,
-            "weight: expected groups of 16, 32, 64, 128 or K, got " + std::to_string(group_size));
+            "weight: expected groups of 16, 32, 64, 128 or K, got ", group_size);
   check_matrix(c, n, k, bits, group_size);
   return {n, k, bits, group_size, has_minimum};
 }
 
 void check_bytes(const Check& c, const Tensor& packed, int64_t bytes) {
-  c.require(
-      packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == bytes &&
-          packed.stride[0] == 1,
-      "weight: expected packed uint8[" + std::to_string(bytes) + "], got " + describe(packed));
+  c.require(packed.dtype == DType::U8 && packed.ndim == 1 && packed.shape[0] == bytes &&
+                packed.stride[0] == 1,
+            "weight: expected packed uint8[", bytes, "], got ", packed);
 }
 
 QuantMatrix quant_matrix(const Check& c, const Tensor& packed, int64_t n, int64_t k, int bits,
                          int group_size, bool has_minimum) {
-  c.require(group_size == 16 || group_size == 32,
-            "weight: expected groups of 16 or 32, got " + std::to_string(group_size));
+  c.require(group_size == 16 || group_size == 32, "weight: expected groups of 16 or 32, got ",
+            group_size);
   check_matrix(c, n, k, bits, group_size);
   const QuantMatrix w{packed.as<uint8_t>(), n, k, bits, group_size, has_minimum};
   check_bytes(c, packed, w.bytes());

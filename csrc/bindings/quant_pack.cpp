@@ -25,21 +25,19 @@ struct Sources {
   Sources(const Check& c, const py::list& list, GgmlType type, int64_t k) {
     const GgmlFormat& f = format_of(type);
     c.require(k > 0 && k < (int64_t{1} << 31) && k % f.block_size == 0,
-              "expected K to be a multiple of " + std::to_string(f.block_size) + " for " + f.name +
-                  ", got K = " + std::to_string(k));
+              "expected K to be a multiple of ", f.block_size, " for ", f.name, ", got K = ", k);
     const int64_t row_bytes = k / f.block_size * f.block_bytes;
     for (py::handle item : list) {
       const auto [object, n] = item.cast<std::pair<py::object, int64_t>>();
       const Py_buffer& view = loans.emplace_back(object).view;
-      c.require(n > 0 && view.len / row_bytes == n && view.len % row_bytes == 0,
-                "expected " + std::to_string(n) + " rows of " + std::to_string(row_bytes) +
-                    " bytes (" + f.name + ", K = " + std::to_string(k) + "), got " +
-                    std::to_string(view.len) + " bytes");
+      c.require(n > 0 && view.len / row_bytes == n && view.len % row_bytes == 0, "expected ", n,
+                " rows of ", row_bytes, " bytes (", f.name, ", K = ", k, "), got ", view.len,
+                " bytes");
       rows.push_back({static_cast<const uint8_t*>(view.buf), n});
       matrix.n += n;
     }
-    c.require(matrix.n > 0 && matrix.n < (int64_t{1} << 31),
-              "expected 1 to 2^31 rows, got " + std::to_string(matrix.n));
+    c.require(matrix.n > 0 && matrix.n < (int64_t{1} << 31), "expected 1 to 2^31 rows, got ",
+              matrix.n);
     matrix.k = k;
     matrix.bits = f.bits;
     matrix.group_size = f.group_size;
@@ -72,8 +70,8 @@ void pack(const py::list& sources, const std::string& type_name, int64_t k, Tens
   const GgmlType type = type_named(c, type_name);
   const Sources s(c, sources, type, k);
   c(out, "out", "_", {DType::U8}, true);
-  c.require(out.shape[0] == s.matrix.bytes(),
-            "out: expected uint8[" + std::to_string(s.matrix.bytes()) + "], got " + describe(out));
+  c.require(out.shape[0] == s.matrix.bytes(), "out: expected uint8[", s.matrix.bytes(), "], got ",
+            out);
   py::gil_scoped_release release;
   pack_ggml(s.rows, type, s.matrix, out.as<uint8_t>());
 }

@@ -13,7 +13,7 @@ py::object rms_norm(py::handle x_object, Tensor weight, float eps, Tensor residu
   c(x, "x", "T H D", kFloats);
   c(weight, "weight", "D", kFloats);
   if (quantized.defined()) {
-    c.require(x.shape[1] == 1, "quantize: expected x [T, D], got " + describe(x));
+    c.require(x.shape[1] == 1, "quantize: expected x [T, D], got ", x);
     check_quantized(c, quantized, "quantized", c.dim("D"), group_size);
   }
   NormOutputs results = quantized.defined()

@@ -17,8 +17,7 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
   c(out, "out", "T H D", {q.dtype});
   const int64_t batch = c.dim("B"), pages = c.dim("pages"), page_size = c.dim("page_size");
   c.require(c.dim("R") % 2 == 0 && c.dim("R") <= c.dim("D"),
-            "cos_sin: expected an even width of at most D = " + std::to_string(c.dim("D")) +
-                ", got " + std::to_string(c.dim("R")));
+            "cos_sin: expected an even width of at most D = ", c.dim("D"), ", got ", c.dim("R"));
   if (!capturing()) check_cu_seqlens(c, cu_seqlens_q, "cu_seqlens_q", c.dim("T"));
   if (c.dim("T") == 0) return;
   c.require(c.dim("P") >= 1, "cos_sin: expected at least one position, got none");
@@ -26,9 +25,8 @@ void rope_cache(Tensor q, Tensor k, Tensor v, Tensor cos_sin, Tensor positions, 
     const int32_t *cu = cu_seqlens_q.as<int32_t>(), *at = positions.as<int32_t>();
     for (int64_t b = 0; b < batch; ++b)
       for (int64_t t = cu[b]; t < cu[b + 1]; ++t) {
-        c.require(at[t] >= 0 && at[t] < c.dim("P"),
-                  "positions[" + std::to_string(t) + "]: expected 0 to " +
-                      std::to_string(c.dim("P") - 1) + ", got " + std::to_string(at[t]));
+        c.require(at[t] >= 0 && at[t] < c.dim("P"), "positions[", t, "]: expected 0 to ",
+                  c.dim("P") - 1, ", got ", at[t]);
         check_page(c, page_table, b, at[t], page_size, pages);
       }
   }

@@ -10,7 +10,7 @@ void sample(Tensor logits, Tensor temperature, Tensor top_k, Tensor top_p, Tenso
   Check c("sample");
   c(logits, "logits", "R V", {DType::F32});
   c.require(logits.shape[1] > 0 && logits.shape[1] <= INT32_MAX,
-            "logits: expected 1 to 2^31 - 1 tokens, got " + std::to_string(logits.shape[1]));
+            "logits: expected 1 to 2^31 - 1 tokens, got ", logits.shape[1]);
   c.optional(temperature, "temperature", "R", {DType::F32});
   c.optional(top_k, "top_k", "R", {DType::I32});
   c.optional(top_p, "top_p", "R", {DType::F32});

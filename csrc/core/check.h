@@ -13,6 +13,7 @@
 #include <stdexcept>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "core/tensor.h"
 
@@ -27,6 +28,14 @@ using DTypes = std::initializer_list<DType>;
 inline constexpr DTypes kFloats = {DType::F32, DType::BF16, DType::F16};
 
 std::string describe(const Tensor& t);
+
+inline std::string text(std::string part) { return part; }
+inline std::string text(const Tensor& part) { return describe(part); }
+template <class Number>
+  requires std::is_arithmetic_v<Number>
+std::string text(Number part) {
+  return std::to_string(part);
+}
 
 class Check {
  public:
@@ -44,9 +53,12 @@ class Check {
     if (t.defined()) (*this)(t, name, shape, dtypes, contiguous);
   }
   void same_dtype(const Tensor& a, const char* a_name, const Tensor& b, const char* b_name);
-  // A condition that the shapes cannot express; `message` says what was expected.
-  void require(bool ok, const std::string& message) const {
-    if (!ok) fail(message);
+  // A condition that the shapes cannot express. The parts of the message, which says what was
+  // expected, are texts, numbers and tensors, put together only where it fails.
+  template <class... Parts>
+  void require(bool ok, const Parts&... parts) const {
+    if (!ok) [[unlikely]]
+      fail((text(parts) + ...));
   }
   // The size bound to a dimension's name.
   int64_t dim(std::string_view name) const;

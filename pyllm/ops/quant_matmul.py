@@ -50,7 +50,7 @@ def quant_matmul(x, weight: QuantTensor, bias=None, *, out=None, backend=None):
     rows = isinstance(x, QuantRows)
     if rows and isinstance(weight, QuantTensor):
         weight = _rows_of(weight)
-    if not isinstance(weight, QuantRows if rows else QuantTensor | QuantFragments):
+    if not isinstance(weight, QuantRows if rows else (QuantTensor, QuantFragments)):
         expected = "QuantRows or a QuantTensor" if rows else "a QuantTensor"
         raise TypeError(f"quant_matmul: weight: expected {expected}, got {type(weight).__name__}")
     if rows and x.q.dtype != weight.q.dtype:
