@@ -8,6 +8,7 @@ import marshal
 import sys
 
 ALIGNMENT = 64  # as torch's allocator
+ITEMSIZE = {"float32": 4, "bfloat16": 2, "float16": 2}  # of what bindings allocate
 
 
 class Tensor:
@@ -30,6 +31,13 @@ class Tensor:
     def data_ptr(self):
         return self.address
 
+    def new_empty(self, *shape):
+        strides, n = [], 1
+        for size in reversed(shape):
+            strides.insert(0, n)
+            n *= size
+        return Tensor(self.dtype, shape, tuple(strides), bytes(n * ITEMSIZE[self.dtype]))
+
 
 def content(tensor) -> bytes:
     """The bytes of a tensor, gaps between its rows included."""
@@ -39,11 +47,12 @@ def content(tensor) -> bytes:
 # The bindings look up torch's types, and its dtypes, and compare them by identity.
 torch = type(sys)("torch")
 torch.Tensor, torch.nn = Tensor, type("nn", (), {"Parameter": Tensor})
+torch.empty_like = lambda x: x.new_empty(*x.shape)
 torch.__getattr__ = lambda name: torch.__dict__.setdefault(name, name)
 
 
 def main(library, calls):
-    """Returns the arguments of the last call."""
+    """Returns the arguments of the last call, and what it returned."""
     sys.modules["torch"] = torch
     loader = importlib.machinery.ExtensionFileLoader("_C", library)
     compiled = importlib.util.module_from_spec(importlib.util.spec_from_loader("_C", loader))
@@ -52,8 +61,8 @@ def main(library, calls):
         recorded = marshal.load(file)
     for name, arguments in recorded:
         arguments = [Tensor(*a) if type(a) is tuple else a for a in arguments]
-        getattr(compiled, name)(*arguments)
-    return arguments
+        returned = getattr(compiled, name)(*arguments)
+    return *arguments, *(returned if type(returned) is tuple else (returned,))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
 """Modules with the constructors of torch: against those of torch, in place and on their own."""
 
 import copy
+import re
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -235,3 +237,14 @@ def test_bad_arguments():
         GeGLU(4, 8, approximate="erf")
     with pytest.raises(ValueError, match=r"expected num_heads to divide .*, got 3, 32 and 3"):
         Attention(32, 3)
+
+
+PAGES = sorted(Path(pyllm.nn.__file__).parent.glob("[a-z]*.md"))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+def test_what_the_pages_say_runs(page):
+    torch.manual_seed(0)
+    blocks = re.findall(r"^```python\n(.*?)^```", page.read_text(), flags=re.M | re.S)
+    assert len(blocks) > 1
+    exec(compile("\n".join(blocks), page.name, "exec"), {})
