@@ -85,6 +85,8 @@ def _dense(a, options):
 
 
 def _attention(a, options, backends=None):
+    if "lengths" in options:
+        return None if backends else _each_sequence(a, options)
     q, k, v = (a[name].transpose(1, 2) for name in "qkv")
 
     def run():
@@ -104,6 +106,36 @@ def _attention(a, options, backends=None):
     except RuntimeError:  # it does not take these shapes or dtypes
         return None
     return restricted
+
+
+def _each_sequence(a, options):
+    """One after another: faster on a CPU than padding them is (see `_padded`)."""
+    parts = (a[name].split(options["lengths"]) for name in "qkv")
+    sequences = [[x.transpose(0, 1)[None] for x in qkv] for qkv in zip(*parts, strict=True)]
+
+    def run():
+        each = [
+            F.scaled_dot_product_attention(*qkv, is_causal=options["causal"], enable_gqa=True)
+            for qkv in sequences
+        ]
+        return torch.cat([y[0].transpose(0, 1) for y in each])
+
+    return run
+
+
+def _padded(a, options):
+    """A ragged batch padded to its longest sequence, which is not timed, with a mask."""
+    lengths = options.get("lengths")
+    if lengths is None:
+        return None
+    pad = torch.nn.utils.rnn.pad_sequence
+    q, k, v = (pad(a[n].split(lengths), batch_first=True).transpose(1, 2) for n in "qkv")
+    keys = torch.arange(max(lengths), device=q.device)
+    seen = (keys < torch.tensor(lengths, device=q.device)[:, None])[:, None, None]
+    if options["causal"]:
+        seen = seen & (keys <= keys[:, None])
+    mask = torch.zeros(seen.shape, dtype=q.dtype, device=q.device).masked_fill(~seen, -torch.inf)
+    return lambda: F.scaled_dot_product_attention(q, k, v, mask, enable_gqa=True)
 
 
 def _paged(a, options):
@@ -254,6 +286,8 @@ def _liger_activation(a, options):
 
 
 def _flash_attn(a, options):
+    if "lengths" in options:
+        return None
     from flash_attn import flash_attn_func
 
     return lambda: flash_attn_func(a["q"], a["k"], a["v"], causal=options["causal"])
@@ -278,6 +312,7 @@ def _flashinfer_attention(a, options):
 GPU = ("cuda",)
 BASELINES = [
     Baseline("torch", TORCH),
+    Baseline("torch padded", {"flash_attention": _padded}),
     Baseline("torch.compile", {op: _compiled(op) for op in TORCH if op != "sample"}, optional=True),
     Baseline("sdpa math", {"flash_attention": _sdpa("MATH")}, optional=True),
     Baseline("sdpa flash", {"flash_attention": _sdpa("FLASH_ATTENTION")}),

@@ -1,4 +1,6 @@
-"""`flash_attention` with the heads of models, causal, over whole prompts."""
+"""`flash_attention` with the heads of models, causal, over whole prompts, and ragged batches."""
+
+import torch
 
 from pyllm import ops
 
@@ -15,6 +17,41 @@ def cases(model, shape, setting):
         lengths = [(16, 512), (8, 1024), (4, 2048), (2, 4096), (1, 8192), (1, 16384)]
     for batch, tokens in lengths:
         yield _case(model, batch, tokens, shape, setting)
+    # Lengths of sentences for encoders of two sizes, and of prompts.
+    for count, low, high, heads, dim, causal in (
+        (64, 5, 128, (12, 12), 32, False),
+        (64, 5, 128, (12, 12), 64, False),
+        (8, 50, 1000, (shape.heads, shape.kv_heads), shape.head_dim, True),
+    ):
+        if setting.small:
+            count, low, high = 3, 1, 40
+        step = (high - low) / (count - 1)
+        lengths = [low + round(step * (5 * i % count)) for i in range(count)]  # in no order
+        yield _ragged(lengths, heads, dim, causal, setting)
+
+
+def _ragged(lengths, heads, dim, causal, setting):
+    def make():
+        q, k, v = (setting.rand(sum(lengths), n, dim) for n in (heads[0], heads[1], heads[1]))
+        cu_seqlens = setting.integers([0, *torch.tensor(lengths).cumsum(0).tolist()])
+        return {"q": q, "k": k, "v": v, "cu_seqlens": cu_seqlens}
+
+    def call(a, backend):
+        cu = a["cu_seqlens"]
+        return ops.flash_attention(
+            a["q"], a["k"], a["v"], cu_seqlens_q=cu, cu_seqlens_k=cu, causal=causal, backend=backend
+        )
+
+    first = make()
+    pairs = sum(n * (n + 1) // 2 if causal else n * n for n in lengths)
+    half = "float32_gflops" if setting.device == "cpu" else "bfloat16_gflops"
+    kind = "causal" if causal else "not causal"
+    return Case(
+        "flash_attention",
+        f"{len(lengths)} x {min(lengths)} to {max(lengths)}, {heads[0]} heads of {dim}, {kind}",
+        make, call, nbytes(*first.values(), first["q"]), 4 * pairs * heads[0] * dim, half,
+        options={"causal": causal, "lengths": lengths},
+    )  # fmt: skip
 
 
 def _case(model, batch, tokens, shape, setting):

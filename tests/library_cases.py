@@ -155,8 +155,22 @@ def opcheck_cases():
     yield "flash_attention", q, k, k, None, None, None, None, None, *sides
     yield "flash_attention", q, k, k, None, None, None, bias4, rand(4), *sides
     yield "flash_attention", tokens, keys, keys, cu_seqlens, cu_seqlens, None, None, None, *sides
-    yield "flash_attention_backward", q, q, k, k, *[None] * 3, bias4, rand(4), q, lse, lse, *sides
-    yield "flash_attention_backward", q, q, k, k, *[None] * 5, q, lse, None, *sides
+    yield (
+        "flash_attention_backward",
+        q,
+        q,
+        k,
+        k,
+        *[None] * 3,
+        bias4,
+        rand(4),
+        q,
+        lse,
+        lse,
+        True,
+        *sides,
+    )
+    yield "flash_attention_backward", q, q, k, k, *[None] * 5, q, lse, None, False, *sides
     yield "activation", "gelu", x, None
     yield "gated_activation", "silu", x, residual, None
     yield "matmul", x, rand(24, 32), rand(24), None

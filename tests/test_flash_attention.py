@@ -6,6 +6,7 @@ from compare import EPS, assert_close, poisoned
 from pyllm import _C
 from pyllm.ops import device, flash_attention, flash_attention_backward
 from pyllm.ops._attention import attend, window_sides
+from pyllm.ops.registry import OPS
 
 INF = float("inf")
 
@@ -440,3 +441,17 @@ def test_alone_and_in_a_ragged_batch_results_and_gradients_have_the_same_bits(ba
     exact = flash_attention_backward(*wide, **{**ragged, "backend": "reference"})
     for result, e in zip(whole[:3], exact[:3], strict=True):
         assert_close(result, e, e.half(), floor=2 * EPS[torch.float16] * e.abs().max().item())
+
+
+def test_a_bias_that_needs_no_gradient_is_not_differentiated(monkeypatch):
+    backends, asked = OPS["flash_attention_backward"].backends, []
+    reference = backends["reference"]
+    for name in list(backends):
+        monkeypatch.delitem(backends, name)
+    monkeypatch.setitem(backends, "reference", lambda *a: (asked.append(a[-1]), reference(*a))[1])
+    for needed in (False, True):
+        q, k, v = inputs(1, 3, 5)
+        bias = rand(3, 5).requires_grad_(needed)
+        flash_attention(q.requires_grad_(), k, v, bias=bias).sum().backward()
+        assert (bias.grad is not None) == needed
+    assert asked == [False, True]

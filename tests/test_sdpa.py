@@ -13,6 +13,7 @@ from hypothesis import strategies as st
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import pyllm
+from pyllm import _C
 from pyllm.ops import scaled_dot_product_attention
 from pyllm.ops.registry import BackendError, use
 
@@ -95,6 +96,22 @@ def calls(draw):
 def test_is_what_pytorch_computes(call):
     arguments, options = call
     check(*arguments, **options)
+
+
+@pytest.mark.parametrize("mask", ["none", "bool", "float", "causal"])
+@pytest.mark.parametrize("heads_inside", [False, True])
+@pytest.mark.parametrize(("n", "keys"), [(1, 300), (5, 5), (3, 7), (7, 3)], ids=str)
+def test_the_short_way_gives_the_same_bits(n, keys, heads_inside, mask, monkeypatch):
+    q, k, v = rand(2, 4, n, 24), rand(2, 2, keys, 24, seed=1), rand(2, 2, keys, 24, seed=2)
+    if heads_inside:
+        q, k, v = (x.transpose(1, 2).contiguous().transpose(1, 2) for x in (q, k, v))
+    masks = {"bool": rand(2, 1, n, keys) > -0.5, "float": rand(n, keys)}
+    arguments = (q, k, v, masks.get(mask), 0.0, mask == "causal", None, True)
+    short = _C.scaled_dot_product_attention(*arguments[:4], *arguments[5:])
+    assert short.transpose(1, 2).is_contiguous()
+    assert torch.equal(scaled_dot_product_attention(*arguments), short)
+    monkeypatch.setattr(_C, "scaled_dot_product_attention", lambda *arguments: None)
+    assert torch.equal(scaled_dot_product_attention(*arguments), short)
 
 
 def test_signature_is_that_of_pytorch():

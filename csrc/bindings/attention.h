@@ -20,7 +20,7 @@ inline int64_t max_splits(int64_t keys) { return (keys + kSplitKeys - 1) / kSpli
 // sequence, because there is one split only or too many queries.
 inline int64_t partial_floats(const AttentionArgs& a) {
   const bool dense = !a.cu_seqlens_q;
-  if (a.max_splits < 2 || (dense && a.q.shape[1] > a.split_queries())) return 0;
+  if (a.max_splits < 2 || (dense && a.q.shape[1] > a.split_queries)) return 0;
   return a.slots() * a.q.shape[2] * a.max_splits * a.partial_size();
 }
 
@@ -57,8 +57,11 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a, int64_t 
   check_attention_options(c, options);
   if (a.batch == 0 || a.q.numel() == 0) return;
   fill_options(a, options);
-  // Some thirty multiplications a nanosecond, were every query to see as many keys as may be.
-  const int64_t work = a.q.numel() * max_keys * 2 / 30;
+  a.set_shapes();
+  // Some thirty multiplications a nanosecond, were every query to see as many keys as may be; of
+  // few queries a dozen numbers of keys and values.
+  const int64_t keys = a.batch * max_keys * a.k.shape[2] * a.q.shape[3] * 2;
+  const int64_t work = std::max(a.q.numel() * max_keys * 2 / 30, keys / 12);
   if (const int64_t floats = partial_floats(a)) {
     const Scratch partials = scratch(1, floats * static_cast<int64_t>(sizeof(float)));
     a.partials = partials.tensor.as<float>();

@@ -221,7 +221,7 @@ bool ThreadPool::worth_sharing(const Launch* launches, size_t n, bool team) {
   int64_t work = 0;
   for (size_t i = 0; i < n; ++i)
     if ((work += launches[i].work) >= least) return true;
-  return !team && Clock::now() - last_short_ < kStream;
+  return (!team || work >= kWorthTeam) && Clock::now() - last_short_ < kStream;
 }
 
 void ThreadPool::run_timed(const Launch* launches, size_t n, int64_t* ns, bool beside_torch) {

@@ -22,7 +22,7 @@ constexpr int64_t kTileFloats = 6144, kMaxTileRows = 96;
 // Whatever the integers say when a plan is replayed, nothing outside the tensors is touched.
 struct AttentionArgs {
   Tensor q, k, v, out;
-  Tensor bias;  // [B, H, Sq, Sk], stride 0 where broadcast, or undefined
+  Tensor bias;  // [B, H, Sq, Sk], stride 0 where broadcast, or undefined; bool: which keys are seen
   const int32_t *cu_seqlens_q, *cu_seqlens_k;  // null: dense
   const int32_t *page_table, *context_lens;    // null: not paged
   const float *alibi_slopes, *sinks;           // [H] or null
@@ -32,6 +32,10 @@ struct AttentionArgs {
   int64_t batch, page_table_stride, max_pages, max_splits;
   int64_t left, right;
   float scale, softcap;  // softcap 0: none
+  // By set_shapes(), so that nothing is divided by them more often than it must be: how many query
+  // heads share a KV head, the rows of a tile, and of how many queries a sequence may be that
+  // shares out its splits.
+  int64_t group, tile_rows, split_queries;
 
   struct Sequence {
     int64_t b, q_start, q_len, k_start, k_len;
@@ -45,7 +49,11 @@ struct AttentionArgs {
   static PYLLM_MEMBER int64_t clamp(int64_t x, int64_t low, int64_t high) {
     return x < low ? low : x > high ? high : x;
   }
-  PYLLM_MEMBER int64_t group() const { return q.shape[2] / k.shape[2]; }  // query heads a KV head
+  PYLLM_MEMBER void set_shapes() {
+    group = q.shape[2] / k.shape[2];
+    tile_rows = clamp(kTileFloats / padded_dim() / 12 * 12, 24, kMaxTileRows);
+    split_queries = clamp(tile_rows / (group > 0 ? group : 1), 1, 96);
+  }
   PYLLM_MEMBER bool keys_side_by_side() const { return page_table && k.stride[3] != 1; }
   PYLLM_MEMBER int64_t tokens() const { return cu_seqlens_q ? q.shape[1] : batch * q.shape[1]; }
 
@@ -71,23 +79,18 @@ struct AttentionArgs {
     return begin < end ? Range{begin, end} : Range{0, 0};
   }
 
-  // A row is one query of one head of a group, numbered query by query; a tile is so many rows.
-  PYLLM_MEMBER int64_t tile_rows() const {
-    return clamp(kTileFloats / padded_dim() / 12 * 12, 24, kMaxTileRows);
-  }
-  // A sequence of at most so many queries shares out its splits.
-  PYLLM_MEMBER int64_t split_queries() const { return clamp(tile_rows() / group(), 1, 96); }
   PYLLM_MEMBER Range splits(const Sequence& s) const {
     const int64_t begin = visible(s, 0).begin / kSplitKeys;
     const int64_t end = (s.k_len + kSplitKeys - 1) / kSplitKeys;
     return {begin < end ? begin : 0, end};
   }
   PYLLM_MEMBER bool shares_splits(const Sequence& s) const {
+    if (!partials || s.q_len > split_queries) return false;
     const Range r = splits(s);
-    return partials && s.q_len <= split_queries() && r.end - r.begin > 1;
+    return r.end - r.begin > 1;
   }
   PYLLM_MEMBER int64_t slots() const {
-    const int64_t most = batch * split_queries();
+    const int64_t most = batch * split_queries;
     return tokens() < most ? tokens() : most;
   }
   // A partial result: D accumulators (padded to whole vectors), the maximum and the sum.
@@ -97,17 +100,20 @@ struct AttentionArgs {
     return cu_seqlens_q ? s.q_start + i : s.b * q.shape[1] + i;
   }
   PYLLM_MEMBER float* partial(const Sequence& s, int64_t i, int64_t head, int64_t split) const {
-    const int64_t slot = tokens() <= slots() ? token(s, i) : s.b * split_queries() + i;
+    const int64_t slot = tokens() <= slots() ? token(s, i) : s.b * split_queries + i;
     return partials + ((slot * q.shape[2] + head) * max_splits + split) * partial_size();
   }
 
-  // A chunk is one tile of rows of one KV head of one sequence, over all its keys or one split.
+  // A row is one query of one head of a group, numbered query by query; a tile is so many rows. A
+  // chunk is one tile of one KV head of one sequence, over all its keys or one split.
   PYLLM_MEMBER int64_t tiles(const Sequence& s) const {
-    return (s.q_len * group() + tile_rows() - 1) / tile_rows();
+    return (s.q_len * group + tile_rows - 1) / tile_rows;
   }
   PYLLM_MEMBER int64_t chunks_of(const Sequence& s) const {
+    const int64_t n = tiles(s) * k.shape[2];
+    if (!shares_splits(s)) return n;
     const Range r = splits(s);
-    return tiles(s) * k.shape[2] * (shares_splits(s) ? r.end - r.begin : 1);
+    return n * (r.end - r.begin);
   }
   PYLLM_MEMBER int64_t chunks() const {
     int64_t n = 0;

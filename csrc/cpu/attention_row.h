@@ -41,7 +41,7 @@ PYLLM_INLINE void finish(const AttentionArgs& a, const Sequence& s, int64_t i, i
     maximum = top;
   }
   if (a.lse) a.lse[a.token(s, i) * a.q.shape[2] + head] = (maximum + __builtin_log2f(sum)) / kLog2e;
-  if (a.v_scale) factor *= a.v_scale[head / a.group()];
+  if (a.v_scale) factor *= a.v_scale[head / a.group];
   const f32x16 scale = splat(sum == 0.0f ? 0.0f : factor / sum);
   const int64_t d = a.q.shape[3];
   dispatch_float(a.out.dtype, [&](auto* type) {

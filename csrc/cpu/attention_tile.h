@@ -6,13 +6,14 @@
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-// What the registers hold: rows * vectors accumulators, the vectors of one operand, a broadcast.
+// What the registers hold: rows * vectors accumulators, the vectors of one operand, a broadcast. Of
+// few rows it is more vectors: an accumulator waits some four cycles for its last addition.
 #if defined(PYLLM_ISA_AVX512)
-constexpr int kTileRows = 6, kTileVectors = 4;
+constexpr int kTileRows = 6, kTileVectors = 4, kFewRows = 3, kWideVectors = 7;
 #elif defined(PYLLM_ISA_AVX2)
-constexpr int kTileRows = 3, kTileVectors = 2;
+constexpr int kTileRows = 3, kTileVectors = 2, kFewRows = 1, kWideVectors = 4;
 #else
-constexpr int kTileRows = 3, kTileVectors = 1;
+constexpr int kTileRows = 3, kTileVectors = 1, kFewRows = 1, kWideVectors = 3;
 #endif
 
 constexpr int kBlockKeys = 128;  // keys between two rescalings of a row
@@ -113,26 +114,102 @@ template <class T>
 PYLLM_INLINE void value_rows(const float* weights, ValueRows<T> values, int64_t begin, int64_t end,
                              int64_t padded_dim, float* out, int64_t out_stride, int64_t rows) {
   if (begin >= end) return;
-  for (int64_t i = 0; i < padded_dim; i += kTileVectors * kLanes)
+  const int64_t vectors = padded_dim / kLanes;
+  if (rows <= kFewRows && vectors > kTileVectors && vectors <= kWideVectors)
+    return dispatch_count<kFewRows>(rows, [&](auto r) {
+      constexpr int kRows = decltype(r)::value;
+      dispatch_count<kWideVectors>(vectors, [&](auto n) {
+        constexpr int kVectors = decltype(n)::value;
+        if constexpr (kVectors > kTileVectors)
+          value_tile<kRows, kVectors>(weights, values, begin, end, 0, out, out_stride);
+      });
+    });
+  for (int64_t v = 0; v < vectors; v += kTileVectors)
     dispatch_count<kTileRows>(rows, [&](auto r) {
-      dispatch_count<kTileVectors>((padded_dim - i) / kLanes, [&](auto n) {
-        value_tile<decltype(r)::value, decltype(n)::value>(weights, values, begin, end, i, out,
-                                                           out_stride);
+      dispatch_count<kTileVectors>(vectors - v, [&](auto n) {
+        value_tile<decltype(r)::value, decltype(n)::value>(weights, values, begin, end, v * kLanes,
+                                                           out, out_stride);
       });
     });
 }
 
-// keys[i][j] = rows[j][i] in float32 for 16 keys j; d padded with zeros to whole vectors.
+// block[i][j] = rows[j][column + i] in float32 for 16 keys j, zeros from column d.
+template <class T>
+PYLLM_INLINE void load_transposed(const T* const* rows, int64_t column, int64_t d,
+                                  f32x16 (&block)[kLanes]) {
+  if (d - column >= kLanes)
+    for (int j = 0; j < kLanes; ++j) block[j] = load(rows[j] + column);
+  else
+    for (int j = 0; j < kLanes; ++j) block[j] = load_n(rows[j] + column, d - column);
+  transpose(block);
+}
+#if defined(PYLLM_ISA_AVX512)
+// Halves of two rows are put together as they are loaded: three stages of shuffles and not four.
+PYLLM_INLINE void load_transposed(const float* const* rows, int64_t column, int64_t d,
+                                  f32x16 (&block)[kLanes]) {
+  if (d - column < kLanes) return load_transposed<float>(rows, column, d, block);
+  for (int h = 0; h < 2; ++h) {  // eight columns
+    __m512 w[2][4];
+    for (int a = 0; a < 2; ++a) {  // of eight rows
+      __m512 z[4], t[4];
+      for (int i = 0; i < 4; ++i) {
+        const float* low = rows[8 * a + i] + column + 8 * h;
+        const float* high = rows[8 * a + 4 + i] + column + 8 * h;
+        z[i] = _mm512_mask_broadcast_f32x8(_mm512_castps256_ps512(_mm256_loadu_ps(low)), 0xff00,
+                                           _mm256_loadu_ps(high));
+      }
+      for (int i = 0; i < 4; i += 2) {
+        t[i] = _mm512_unpacklo_ps(z[i], z[i + 1]);
+        t[i + 1] = _mm512_unpackhi_ps(z[i], z[i + 1]);
+      }
+      for (int i = 0; i < 2; ++i) {
+        const __m512d x = _mm512_castps_pd(t[i]), y = _mm512_castps_pd(t[i + 2]);
+        w[a][2 * i] = _mm512_castpd_ps(_mm512_unpacklo_pd(x, y));
+        w[a][2 * i + 1] = _mm512_castpd_ps(_mm512_unpackhi_pd(x, y));
+      }
+    }
+    // w[a][i]: columns i and 4 + i of rows 8 a to 8 a + 3, then of the next four.
+    for (int i = 0; i < 4; ++i) {
+      block[8 * h + i].v = _mm512_shuffle_f32x4(w[0][i], w[1][i], 0x88);
+      block[8 * h + 4 + i].v = _mm512_shuffle_f32x4(w[0][i], w[1][i], 0xdd);
+    }
+  }
+}
+#endif
+
+// keys[i][j] = rows[j][i]; d padded with zeros to whole vectors.
 template <class T>
 void transpose_keys(const T* const* rows, int64_t d, float* keys) {
   for (int64_t i = 0; i < d; i += kLanes) {
     f32x16 block[kLanes];
-    if (d - i >= kLanes)
-      for (int j = 0; j < kLanes; ++j) block[j] = load(rows[j] + i);
-    else
-      for (int j = 0; j < kLanes; ++j) block[j] = load_n(rows[j] + i, d - i);
-    transpose(block);
+    load_transposed(rows, i, d, block);
     for (int j = 0; j < kLanes; ++j) store(keys + (i + j) * kBlockKeys, block[j]);
+  }
+}
+
+// What score_tile makes of 16 keys, without a copy: rows[j] is key j.
+template <int R, class T>
+void score_keys(const float* q, int64_t q_stride, const T* const* rows, int64_t d, float* scores) {
+  for (int64_t part = 0; part < d; part += 32) {
+    f32x16 sum[R];
+    for (int r = 0; r < R; ++r) sum[r] = zero();
+    const int64_t end = smaller(part + 32, d);
+    for (int64_t i = part; i < end; i += kLanes) {
+      f32x16 block[kLanes];
+      load_transposed(rows, i, d, block);
+      const auto add = [&](int j) {
+        for (int r = 0; r < R; ++r) sum[r] = fma(splat(q[r * q_stride + i + j]), block[j], sum[r]);
+      };
+      if (end - i >= kLanes)
+        for (int j = 0; j < kLanes; ++j) add(j);
+      else
+        for (int j = 0; j < kLanes; ++j)
+          if (i + j < end) add(j);
+    }
+    for (int r = 0; r < R; ++r) {
+      float* to = scores + r * kBlockKeys;
+      store(to, part == 0 ? sum[r] : load(to) + sum[r]);
+    }
   }
 }
 

@@ -12,8 +12,8 @@ void attention_combine(const AttentionCombineArgs& args, int64_t chunk) {
   const Sequence s = a.sequence(chunk / kv_heads);
   if (!a.shares_splits(s)) return;
   const Range splits = a.splits(s);
-  for (int64_t row = 0; row < s.q_len * a.group(); ++row) {
-    const int64_t i = row / a.group(), head = chunk % kv_heads * a.group() + row % a.group();
+  for (int64_t row = 0; row < s.q_len * a.group; ++row) {
+    const int64_t i = row / a.group, head = chunk % kv_heads * a.group + row % a.group;
     const float* first = a.partial(s, i, head, splits.begin);
     alignas(64) float values[kMaxHeadDim];
     for (int64_t c = 0; c < width; c += kLanes) store(values + c, load(first + c));

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch.compiler import is_dynamo_compiling
 from torch.overrides import TorchFunctionMode
 
+from pyllm import _C
 from pyllm.ops._attention import FLOATS, as_bias
 from pyllm.ops.flash_attention import flash_attention
 
@@ -44,6 +45,13 @@ def scaled_dot_product_attention(
             Also, where a `backend` is named, for what would be left to PyTorch.
         BackendError: if `backend` cannot serve.
     """
+    plain = dropout_p == 0 and not is_dynamo_compiling()
+    if plain and _C.route(backend, query, key, value, attn_mask) == _C.PLAIN:
+        out = _C.scaled_dot_product_attention(
+            query, key, value, attn_mask, is_causal, scale, enable_gqa
+        )
+        if out is not None:
+            return out
     tensors = {"query": query, "key": key, "value": value}
     _check(tensors, attn_mask)
     if why := _why_not(query, key, value, dropout_p):

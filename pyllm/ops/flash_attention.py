@@ -120,7 +120,7 @@ def flash_attention_backward(
     scale = q.shape[-1] ** -0.5 if scale is None else scale
     dq, dk, dv, dlogits, delta = _BACKWARD.implementation(q, backend)(
         do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale,
-        window_sides(window, causal), softcap, alibi_slopes, expanded(bias, q, k),
+        window_sides(window, causal), softcap, alibi_slopes, expanded(bias, q, k), bias is not None,
     )  # fmt: skip
     dbias = None if bias is None else dlogits.sum_to_size(bias.shape).to(bias.dtype)
     return dq, dk, dv, dbias, None if sinks is None else sinks_gradient(sinks, lse, delta)
@@ -160,7 +160,7 @@ def _reference(
 @_BACKWARD.register("reference")
 def _backward_reference(
     do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes,
-    bias,
+    bias, needs_dbias,
 ):  # fmt: skip
     do_, q_, out_, lse_, dlse_ = _sequences(cu_seqlens_q, do, q, out, lse, dlse)
     k_, v_ = _sequences(cu_seqlens_k, k, v)
@@ -176,7 +176,7 @@ def _backward_reference(
     join = torch.stack if cu_seqlens_q is None else torch.cat
     dq, dk, dv, dlogits, delta = zip(*results, strict=True)
     dq, dk, dv = (join(x).to(like.dtype) for x, like in ((dq, q), (dk, k), (dv, v)))
-    return dq, dk, dv, None if bias is None else torch.stack(dlogits), join(delta)
+    return dq, dk, dv, torch.stack(dlogits) if needs_dbias else None, join(delta)
 
 
 @_OP.register("cpu")
@@ -270,7 +270,7 @@ def _triton(
 @_BACKWARD.register("triton")
 def _backward_triton(
     do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale, sides, softcap, alibi_slopes,
-    bias,
+    bias, needs_dbias,
 ):  # fmt: skip
     do = do if do.stride(-1) == 1 else do.contiguous()
     _check_triton(
@@ -284,7 +284,7 @@ def _backward_triton(
     lse, dlse = lse.contiguous(), None if dlse is None else dlse.contiguous()
     dq, dk, dv = (torch.zeros_like(x, memory_format=torch.contiguous_format) for x in (q, k, v))
     delta = torch.zeros_like(lse)
-    if bias is not None:
+    if needs_dbias:
         dlogits = torch.zeros(bias.shape, dtype=torch.float32, device=q.device)
     device.triton_kernels("flash_attention_backward").flash_attention_backward(
         do, q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale, *sides, softcap or 0.0,

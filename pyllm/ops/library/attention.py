@@ -60,8 +60,8 @@ def _backward(ctx, do, dlse):
     if do is None:
         do = torch.zeros_like(out)
     options = (ctx.scale, ctx.left, ctx.right, ctx.softcap, ctx.backend)
-    dq, dk, dv, dbias, dsinks = _differentiate(do, *tensors, out, lse, dlse, *options)
     needed = ctx.needs_input_grad
+    dq, dk, dv, dbias, dsinks = _differentiate(do, *tensors, out, lse, dlse, needed[6], *options)
     return (
         dq, dk, dv, None, None, None, dbias if needed[6] else None, dsinks if needed[7] else None,
         *[None] * len(options),
@@ -69,26 +69,28 @@ def _backward(ctx, do, dlse):
 
 
 def _run_backward(
-    do, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, out, lse, dlse, scale,
-    left, right, softcap, backend,
+    do, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, out, lse, dlse,
+    needs_dbias, scale, left, right, softcap, backend,
 ):  # fmt: skip
     dq, dk, dv, dlogits, delta = backward_implementation("flash_attention_backward", q, backend)(
         do.contiguous(), q, k, v, out, lse, dlse, cu_seqlens_q, cu_seqlens_k, scale,
-        (left, right), softcap, alibi_slopes, expanded(bias, q, k),
+        (left, right), softcap, alibi_slopes, expanded(bias, q, k), needs_dbias,
     )  # fmt: skip
     dbias, dsinks = q.new_empty(0), q.new_empty(0)
-    if bias is not None:
+    if needs_dbias:
         dbias = dlogits.sum_to_size(bias.shape).to(bias.dtype)
     if sinks is not None:
         dsinks = sinks_gradient(sinks, lse, delta)
     return tuple(x.contiguous() for x in (dq, dk, dv, dbias, dsinks))
 
 
-def _fake_backward(do, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, *_):
+def _fake_backward(
+    do, q, k, v, cu_seqlens_q, cu_seqlens_k, alibi_slopes, bias, sinks, out, lse, dlse,
+    needs_dbias, *_,
+):  # fmt: skip
     none = q.new_empty(0)
-    return tuple(
-        none.clone() if x is None else x.new_empty(x.shape) for x in (q, k, v, bias, sinks)
-    )
+    of = (q, k, v, bias if needs_dbias else None, sinks)
+    return tuple(none.clone() if x is None else x.new_empty(x.shape) for x in of)
 
 
 def _lower(dtype, *arguments):
@@ -115,7 +117,7 @@ def _fold(size, arguments):
 
 _differentiate = define(
     f"flash_attention_backward(Tensor do, {_TENSORS}, Tensor out, Tensor lse, Tensor? dlse, "
-    f"{_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
+    f"bool needs_dbias, {_OPTIONS}) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _run_backward, _fake_backward,
 )  # fmt: skip
 _forward = define(
