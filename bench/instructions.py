@@ -49,9 +49,9 @@ CASES = [
 ]
 # The functions that are counted: all of csrc/cpu/kernels.def.
 KERNELS = (
-    "layer_norm", "rms_norm", "activation", "attention", "attention_combine", "rope_cache",
-    "quantize_activation", "quant_matmul", "sample", "matmul", "embedding", "read_memory",
-    "peak_arithmetic",
+    "layer_norm", "rms_norm", "norm_backward", "norm_backward_sum", "activation", "attention",
+    "attention_combine", "rope_cache", "quantize_activation", "quant_matmul", "sample", "matmul",
+    "embedding", "read_memory", "peak_arithmetic",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ void register_route(pybind11::module_& m);
 void register_length_prefixed(pybind11::module_& m);
 void register_layer_norm(pybind11::module_& m);
 void register_rms_norm(pybind11::module_& m);
+void register_norm_backward(pybind11::module_& m);
 void register_activation(pybind11::module_& m);
 void register_flash_attention(pybind11::module_& m);
 void register_paged_attention(pybind11::module_& m);
@@ -30,6 +31,7 @@ PYBIND11_MODULE(_C, m) {
   pyllm::register_length_prefixed(m);
   pyllm::register_layer_norm(m);
   pyllm::register_rms_norm(m);
+  pyllm::register_norm_backward(m);
   pyllm::register_activation(m);
   pyllm::register_flash_attention(m);
   pyllm::register_paged_attention(m);

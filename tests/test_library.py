@@ -254,6 +254,20 @@ def test_an_eager_call_does_not_dispatch(monkeypatch):
     assert seen == [True, True]
 
 
+def test_an_eager_call_with_gradients_does_not_dispatch():
+    x, weight = leaf(3, 32), leaf(32)
+
+    def dispatched(call):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+            call().sum().backward()
+        return {e.name for e in profile.events() if e.name.startswith("pyllm::")}
+
+    assert dispatched(lambda: torch.ops.pyllm.rms_norm(x, weight, 1e-6, None)) == {
+        "pyllm::rms_norm"
+    }
+    assert dispatched(lambda: ops.rms_norm(x, weight)) == set()
+
+
 def test_out_is_for_calls_without_gradients():
     x, weight, out = leaf(3, 32), rand(32), torch.empty(3, 32)
     with pytest.raises(ValueError, match="rms_norm: out: expected None where a gradient is needed"):
@@ -289,9 +303,9 @@ def test_the_backend_that_was_asked_for_serves(op, monkeypatch):
         call(x, weight, **options).sum().backward()
         return chosen.copy()
 
-    # The emulator has kernels for both directions, the CPU none for the backward.
+    # Both have kernels for both directions.
     emulated = [(op, "emulator"), (f"{op}_backward", "emulator")]
-    assert run() == run(backend="cpu") == [(op, "cpu"), (f"{op}_backward", "reference")]
+    assert run() == run(backend="cpu") == [(op, "cpu"), (f"{op}_backward", "cpu")]
     assert run(backend="emulator") == emulated
     with use("emulator"):
         assert run() == emulated

@@ -1,11 +1,12 @@
-"""What `rms_norm` and `layer_norm` share on CUDA: any width, gradients, quantized rows, traffic."""
+"""What `rms_norm` and `layer_norm` share: gradients; on CUDA any width, quantized rows, traffic."""
 
 import pytest
 import torch
-from cases import BAD_NORM_ARGUMENTS, CUDA, DEVICES, DTYPES, dtype_name, rand, strided
+from cases import BACKENDS, BAD_NORM_ARGUMENTS, CUDA, DEVICES, DTYPES, dtype_name, rand, strided
 from compare import EPS as EPS_OF
 from compare import assert_close, poisoned
 
+from pyllm import _C
 from pyllm.ops import device, layer_norm, layer_norm_backward, rms_norm, rms_norm_backward
 from pyllm.quant import QuantRows
 
@@ -18,7 +19,7 @@ SHAPES += [(1, 65536), (1, 100008)]
 # Of the gradients: many rows a block, one, and rows too wide for the sums to be held beside them.
 BACKWARD_SHAPES = [(700, 64), (7, 1), (37, 100), (9, 1000), (300, 2055), (3, 8192), (70, 8200)]
 BACKWARD_SHAPES += [(2, 16391), (2, 65536)]
-BACKWARD_CASES = [(s, b) for b in ["reference", *CUDA] for s in BACKWARD_SHAPES]
+BACKWARD_CASES = [(s, b) for b in ["reference", "cpu", *CUDA] for s in BACKWARD_SHAPES]
 # Fewer rows in Triton's interpreter, which takes its time for each tile.
 BACKWARD_CASES += [(s, "triton") for s in [(40, 64), (7, 1), (9, 1000), (4, 8192), (9, 8200)]]
 BACKWARD_CASES += [((2, 20000), "triton")]
@@ -101,7 +102,7 @@ def test_gradients_are_those_of_autograd(op, shape, dtype, with_residual, backen
         assert_close(a, e, s, what=name, floor=floor)
 
 
-@pytest.mark.parametrize("backend", ["reference", *DEVICES])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_layer_norm_without_weight_and_weights_of_other_dtypes(backend):
     x, dy = rand(20, 72), rand(20, 72, seed=1)
     ones = torch.ones(72)
@@ -122,7 +123,11 @@ def test_layer_norm_without_weight_and_weights_of_other_dtypes(backend):
 @pytest.mark.parametrize("op", OPS)
 @pytest.mark.parametrize(
     ("width", "backend"),
-    [*((w, b) for b in CUDA for w in (72, 1000, 4096, 16392)), (72, "triton"), (1000, "triton")],
+    [
+        *((w, b) for b in ["cpu", *CUDA] for w in (72, 1000, 4096, 16392)),
+        (72, "triton"),
+        (1000, "triton"),
+    ],
 )
 def test_bits_depend_on_nothing_but_the_row(op, width, backend):
     """Not on other rows, nor on how the tensors lie in memory and so on the accesses used."""
@@ -141,6 +146,55 @@ def test_bits_depend_on_nothing_but_the_row(op, width, backend):
         for a, b in zip(backward(op, *loose, weight, backend=backend), results, strict=True):
             assert torch.equal(a, b)
         assert torch.equal(forward(op, strided(x, extra), weight, bias, backend=backend), y)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize("shape", [(3, 20), (1000, 72), (37, 3, 1000)], ids=str)
+@pytest.mark.parametrize("n_threads", [2, 3, 7])
+def test_any_number_of_threads_gives_the_same_bits(op, shape, n_threads):
+    x, dy, weight = rand(*shape), rand(*shape, seed=1), rand(shape[-1], seed=2)
+
+    def results():
+        y = forward(op, x, weight, weight, residual=dy, backend="cpu")
+        return *y, *backward(op, dy, x, weight, residual_grad=y[1], backend="cpu")
+
+    before = _C.num_threads()
+    try:
+        _C.set_num_threads(1)
+        expected = results()
+        _C.set_num_threads(n_threads)
+        actual = results()
+    finally:
+        _C.set_num_threads(before)
+    assert all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
+
+
+@pytest.mark.parametrize("op", OPS)
+def test_gradients_of_rows_that_are_not_finite(op):
+    x, dy, weight = rand(40, 96), rand(40, 96, seed=1), rand(96, seed=2)
+    x[3, 5], dy[20, 7] = float("nan"), float("inf")
+    dx, *_ = backward(op, dy, x, weight, backend="cpu")
+    broken = torch.zeros(40, dtype=torch.bool)
+    broken[[3, 20]] = True
+    assert torch.equal(dx.isfinite().all(1), ~broken)
+
+
+@pytest.mark.parametrize("op", OPS)
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"x": torch.ones(2, 8, dtype=torch.float64)}, "x: expected float32"),
+        ({"dy": torch.ones(2, 7)}, r"dy: expected .*\(D is 8\)"),
+        ({"dy": torch.ones(2, 8).half()}, "dy: expected float32"),
+        ({"weight": torch.ones(7)}, r"weight: expected .*\[D\], got float32\[7\] \(D is 8\)"),
+        ({"residual_grad": torch.ones(3, 8)}, r"residual_grad: expected .*\(T is 2\)"),
+        ({"out": torch.ones(2, 8).half()}, "out: expected float32"),
+    ],
+)
+def test_bad_arguments_of_the_gradients(op, arguments, message):
+    good = {"dy": torch.ones(2, 8), "x": torch.ones(2, 8), "weight": torch.ones(8)}
+    with pytest.raises(ValueError, match=message):
+        backward(op, **{**good, **arguments}, backend="cpu")
 
 
 @pytest.mark.parametrize("op", OPS)
@@ -205,11 +259,13 @@ def test_quantized_rows_that_are_zero_or_not_finite(op, to, backend):
 
 
 @pytest.mark.parametrize("op", OPS)
-@pytest.mark.parametrize("backend", ["reference", *DEVICES])
+@pytest.mark.parametrize("backend", ["reference", *BACKENDS])
 def test_no_rows(op, backend):
     x, weight = torch.empty(0, 64), torch.ones(64)
     assert forward(op, x, weight, weight, backend=backend).shape == (0, 64)
-    assert forward(op, x, weight, weight, quantize=torch.int8, backend=backend).scale.shape == (0,)
+    if backend != "cpu":
+        q = forward(op, x, weight, weight, quantize=torch.int8, backend=backend)
+        assert q.scale.shape == (0,)
     dx, *parameters = backward(op, x, x, weight, backend=backend)
     assert dx.shape == (0, 64)
     assert all(torch.equal(p, torch.zeros(64)) for p in parameters)

@@ -56,22 +56,30 @@ bool checked(int value) {
 
 bool truth(PyObject* reference) { return checked(PyObject_IsTrue(owned(reference).ptr())); }
 
-bool needs_dispatcher(PyObject* const* tensors, Py_ssize_t n) {
+// Whether PyTorch has to know of a call with these arguments for more than its derivative.
+bool needs_tracing(PyObject* const* arguments, Py_ssize_t n) {
   const Lookups& known = lookups();
   if (!known.complete) return true;
   for (PyObject* state : known.states)
     if (truth(PyObject_CallNoArgs(state))) return true;
-  const bool grad = truth(PyObject_CallNoArgs(known.is_grad_enabled));
   for (Py_ssize_t i = 0; i < n; ++i) {
-    PyObject* x = tensors[i];
-    if (x == Py_None) continue;
+    PyObject* x = arguments[i];
     auto* type = reinterpret_cast<PyObject*>(Py_TYPE(x));
-    if (type != known.tensor && type != known.parameter) {
-      if (checked(PyObject_IsInstance(x, known.tensor))) return true;
-    } else if (grad && truth(PyObject_GetAttr(x, known.requires_grad))) {
+    if (x != Py_None && type != known.tensor && type != known.parameter &&
+        checked(PyObject_IsInstance(x, known.tensor)))
       return true;
-    }
   }
+  return false;
+}
+
+bool needs_dispatcher(PyObject* const* tensors, Py_ssize_t n) {
+  if (needs_tracing(tensors, n)) return true;
+  const Lookups& known = lookups();
+  if (!truth(PyObject_CallNoArgs(known.is_grad_enabled))) return false;
+  for (Py_ssize_t i = 0; i < n; ++i)
+    if (tensors[i] != Py_None && checked(PyObject_IsInstance(tensors[i], known.tensor)) &&
+        truth(PyObject_GetAttr(tensors[i], known.requires_grad)))
+      return true;
   return false;
 }
 
@@ -93,6 +101,11 @@ PyObject* call_needs_dispatcher(PyObject*, PyObject* const* args, Py_ssize_t n) 
   return fast_call::guarded([&] { return PyBool_FromLong(needs_dispatcher(args, n)); });
 }
 
+// needs_tracing(*arguments)
+PyObject* call_needs_tracing(PyObject*, PyObject* const* args, Py_ssize_t n) {
+  return fast_call::guarded([&] { return PyBool_FromLong(needs_tracing(args, n)); });
+}
+
 // route(backend, *tensors)
 PyObject* call_route(PyObject*, PyObject* const* args, Py_ssize_t n) {
   if (n < 2) return PyErr_Format(PyExc_TypeError, "expected a backend and tensors");
@@ -107,6 +120,7 @@ PyObject* call_route(PyObject*, PyObject* const* args, Py_ssize_t n) {
 
 void register_route(py::module_& m) {
   fast_call::add<&call_needs_dispatcher>(m, "needs_dispatcher");
+  fast_call::add<&call_needs_tracing>(m, "needs_tracing");
   fast_call::add<&call_route>(m, "route");
   m.attr("PLAIN") = static_cast<int>(kPlain);
   m.attr("DISPATCHED") = static_cast<int>(kDispatched);

@@ -7,6 +7,7 @@
 #include "cpu/layer_norm.h"
 #include "cpu/limits.h"
 #include "cpu/matmul.h"
+#include "cpu/norm_backward.h"
 #include "cpu/quant_matmul.h"
 #include "cpu/quantize_activation.h"
 #include "cpu/rms_norm.h"

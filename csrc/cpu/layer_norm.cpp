@@ -1,6 +1,8 @@
 // A row is read from memory once and stays in L1 for two more passes: the variance is summed from
 // differences to the mean, since E[x^2] - E[x]^2 cancels for rows with an offset. The floor is
-// bytes over bandwidth: (1 read + 1 write) * D * itemsize a row, twice that with a residual.
+// bytes over bandwidth: (1 read + 1 write) * D * itemsize a row, twice that with a residual. In the
+// caches rows of halves are bound by their arithmetic, widening above all. Several rows at a time
+// (see row.h) took 10 to 20 % less time there, and up to 10 % in float32.
 #include "cpu/layer_norm.h"
 
 #include <cmath>
@@ -10,38 +12,44 @@
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-template <class T, class W>
-void normalize_row(const LayerNormArgs& a, int64_t t, int64_t h) {
+template <int R, class T, class W>
+void normalize_rows(const LayerNormArgs& a, int64_t first, int64_t h) {
   const int64_t d = a.x.shape[2];
-  const T* source = a.x.row<T>(t, h);
-  float sum;
-  if (a.residual.defined()) {
-    const T* residual = a.residual.row<T>(t, h);
-    T* total = a.residual_out.row<T>(t, h);
-    sum = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
-      store_n(total + i, load_n(source + i, n) + load_n(residual + i, n), n);
-      return s + load_n(total + i, n);  // what is normalized is what was stored: rounded to T
-    });
-    source = total;
-  } else {
-    sum = sum_over_row(
-        d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA { return s + load_n(source + i, n); });
+  const T *source[R], *residual[R];
+  T *total[R], *y[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t t = first + r;
+    source[r] = a.x.row<T>(t, h), residual[r] = a.residual.row<T>(t, h);
+    total[r] = a.residual_out.row<T>(t, h), y[r] = a.y.row<T>(t, h);
   }
-  const float mean = sum / static_cast<float>(d);
-  const f32x16 center = splat(mean);
-  const float squares = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
-    const f32x16 v = load_n(source + i, n, mean) - center;
+  float sums[R];
+  if (a.residual.defined()) {
+    sum_over_rows<R>(d, sums, [&](int r, f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+      return s + add_n(source[r] + i, residual[r] + i, total[r] + i, n);
+    });
+    for (int r = 0; r < R; ++r) source[r] = total[r];
+  } else {
+    sum_over_rows<R>(d, sums, [&](int r, f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+      return s + load_n(source[r] + i, n);
+    });
+  }
+  float mean[R];
+  f32x16 center[R], scale[R];
+  for (int r = 0; r < R; ++r) mean[r] = sums[r] / static_cast<float>(d);
+  for (int r = 0; r < R; ++r) center[r] = splat(mean[r]);
+  sum_over_rows<R>(d, sums, [&](int r, f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+    const f32x16 v = load_n(source[r] + i, n, mean[r]) - center[r];
     return fma(v, v, s);
   });
-  const f32x16 scale = splat(1.0f / std::sqrt(squares / static_cast<float>(d) + a.eps));
+  for (int r = 0; r < R; ++r)
+    scale[r] = splat(1.0f / std::sqrt(sums[r] / static_cast<float>(d) + a.eps));
   const W* weight = a.weight.as<W>();
   const W* bias = a.bias.as<W>();
-  T* y = a.y.row<T>(t, h);
   over_row(d, [&](int64_t i, int64_t n) PYLLM_LAMBDA {
-    f32x16 v = (load_n(source + i, n) - center) * scale;
-    if (weight) v = v * load_n(weight + i, n);
-    if (bias) v = v + load_n(bias + i, n);
-    store_n(y + i, v, n);
+    const f32x16 w = weight ? load_n(weight + i, n) : splat(1.0f);
+    const f32x16 b = bias ? load_n(bias + i, n) : zero();
+    for (int r = 0; r < R; ++r)
+      store_n(y[r] + i, fma((load_n(source[r] + i, n) - center[r]) * scale[r], w, b), n);
   });
 }
 
@@ -54,8 +62,10 @@ void layer_norm(const LayerNormArgs& a, int64_t chunk) {
     dispatch_float(a.weight.dtype, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
-      for (int64_t token = begin; token < end; ++token)
-        for (int64_t h = 0; h < a.x.shape[1]; ++h) normalize_row<T, W>(a, token, h);
+      for (int64_t h = 0; h < a.x.shape[1]; ++h)
+        over_rows(begin, end, a.x.shape[2] * sizeof(T), [&](auto rows, int64_t t) {
+          normalize_rows<decltype(rows)::value, T, W>(a, t, h);
+        });
     });
   });
 }

@@ -11,37 +11,46 @@
 namespace pyllm::PYLLM_ISA {
 namespace {
 
-template <class T, class W>
-void normalize_row(const RmsNormArgs& a, int64_t t, int64_t h) {
+template <int R, class T, class W>
+void normalize_rows(const RmsNormArgs& a, int64_t first, int64_t h) {
   const int64_t d = a.x.shape[2];
-  const T* x = a.x.row<T>(t, h);
-  const T* residual = nullptr;
-  T* sum_out = nullptr;
-  if (a.residual.defined()) {
-    residual = a.residual.row<T>(t, h);
-    sum_out = a.residual_out.row<T>(t, h);
+  const T *source[R], *residual[R];
+  T *total[R], *y[R];
+  for (int r = 0; r < R; ++r) {
+    const int64_t t = first + r;
+    source[r] = a.x.row<T>(t, h), residual[r] = a.residual.row<T>(t, h);
+    total[r] = a.residual_out.row<T>(t, h), y[r] = a.y.row<T>(t, h);
   }
-  const float squares = sum_over_row(d, [&](f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
-    f32x16 v = load_n(x + i, n);
-    if (residual) {
-      v = v + load_n(residual + i, n);
-      store_n(sum_out + i, v, n);
-      // What is normalized is what was stored: rounded to T.
-      if constexpr (sizeof(T) < 4) v = load_n(sum_out + i, n);
-    }
-    return fma(v, v, s);
-  });
-  const f32x16 scale = splat(1.0f / std::sqrt(squares / static_cast<float>(d) + a.eps));
-  const T* source = residual ? sum_out : x;
+  float squares[R];
+  if (a.residual.defined()) {
+    sum_over_rows<R>(d, squares, [&](int r, f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+      const f32x16 v = add_n(source[r] + i, residual[r] + i, total[r] + i, n);
+      return fma(v, v, s);
+    });
+    for (int r = 0; r < R; ++r) source[r] = total[r];
+  } else {
+    sum_over_rows<R>(d, squares, [&](int r, f32x16 s, int64_t i, int64_t n) PYLLM_LAMBDA {
+      const f32x16 v = load_n(source[r] + i, n);
+      return fma(v, v, s);
+    });
+  }
+  f32x16 scale[R];
+  for (int r = 0; r < R; ++r)
+    scale[r] = splat(1.0f / std::sqrt(squares[r] / static_cast<float>(d) + a.eps));
   const W* weight = a.weight.as<W>();
   if (a.quantized.defined()) {
     const ActivationLayout layout{d, a.group_size};
-    return quantize_groups({a.quantized.row<uint8_t>(t), layout}, 0, layout.groups(),
-                           [=](int64_t i) { return load(source + i) * scale * load(weight + i); });
+    for (int r = 0; r < R; ++r) {
+      const T* row = source[r];
+      const f32x16 by = scale[r];
+      quantize_groups({a.quantized.row<uint8_t>(first + r), layout}, 0, layout.groups(),
+                      [=](int64_t i) { return load(row + i) * by * load(weight + i); });
+    }
+    return;
   }
-  T* y = a.y.row<T>(t, h);
   over_row(d, [&](int64_t i, int64_t n) PYLLM_LAMBDA {
-    store_n(y + i, load_n(source + i, n) * scale * load_n(weight + i, n), n);
+    const f32x16 w = load_n(weight + i, n);
+    for (int r = 0; r < R; ++r) store_n(y[r] + i, load_n(source[r] + i, n) * scale[r] * w, n);
   });
 }
 
@@ -54,8 +63,10 @@ void rms_norm(const RmsNormArgs& a, int64_t chunk) {
     dispatch_float(a.weight.dtype, [&](auto* w) {
       using T = std::remove_pointer_t<decltype(t)>;
       using W = std::remove_pointer_t<decltype(w)>;
-      for (int64_t token = begin; token < end; ++token)
-        for (int64_t h = 0; h < a.x.shape[1]; ++h) normalize_row<T, W>(a, token, h);
+      for (int64_t h = 0; h < a.x.shape[1]; ++h)
+        over_rows(begin, end, a.x.shape[2] * sizeof(T), [&](auto rows, int64_t t) {
+          normalize_rows<decltype(rows)::value, T, W>(a, t, h);
+        });
     });
   });
 }

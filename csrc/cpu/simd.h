@@ -60,39 +60,43 @@ PYLLM_INLINE f32x16 scale_by_power(f32x16 x, f32x16 n) { return {_mm512_scalef_p
 PYLLM_INLINE float reduce_add(f32x16 a) { return _mm512_reduce_add_ps(a.v); }
 PYLLM_INLINE float reduce_max(f32x16 a) { return _mm512_reduce_max_ps(a.v); }
 
-PYLLM_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
-PYLLM_INLINE f32x16 load(const bf16* p) {
-  const __m256i h = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+PYLLM_INLINE __m256i bits(const void* p) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(p));
+}
+PYLLM_INLINE f32x16 widen(__m256i h, bf16) {
   return {_mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(h), 16))};
 }
-PYLLM_INLINE f32x16 load(const f16* p) {
-  return {_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)))};
-}
+PYLLM_INLINE f32x16 widen(__m256i h, f16) { return {_mm512_cvtph_ps(h)}; }
+PYLLM_INLINE f32x16 load(const float* p) { return {_mm512_loadu_ps(p)}; }
+PYLLM_INLINE f32x16 load(const bf16* p) { return widen(bits(p), bf16{}); }
+PYLLM_INLINE f32x16 load(const f16* p) { return widen(bits(p), f16{}); }
 PYLLM_INLINE f32x16 load(const int8_t* p) {
   const __m128i b = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return {_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(b))};
 }
-PYLLM_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
-PYLLM_INLINE void store(bf16* p, f32x16 a) {
+PYLLM_INLINE __m256i narrow(f32x16 a, bf16) {
   // The instruction that rounds takes subnormals for zeros.
   constexpr int kSubnormal = 0x20;
   if (__builtin_expect(!_mm512_fpclass_ps_mask(a.v, kSubnormal), 1)) {
     const __m256bh h = _mm512_cvtneps_pbh(a.v);
     __m256i bits;
     std::memcpy(&bits, &h, sizeof(bits));
-    return _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), bits);
+    return bits;
   }
   const __m512i u = _mm512_castps_si512(a.v), one = _mm512_set1_epi32(1);
   const __m512i odd = _mm512_and_si512(_mm512_srli_epi32(u, 16), one);
   __m512i r = _mm512_add_epi32(u, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff)));
   const __mmask16 nan = _mm512_cmp_ps_mask(a.v, a.v, _CMP_UNORD_Q);
   r = _mm512_mask_or_epi32(r, nan, u, _mm512_set1_epi32(0x400000));
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16)));
+  return _mm512_cvtepi32_epi16(_mm512_srli_epi32(r, 16));
 }
-PYLLM_INLINE void store(f16* p, f32x16 a) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p),
-                      _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT));
+PYLLM_INLINE __m256i narrow(f32x16 a, f16) {
+  return _mm512_cvtps_ph(a.v, _MM_FROUND_TO_NEAREST_INT);
+}
+PYLLM_INLINE void store(float* p, f32x16 a) { _mm512_storeu_ps(p, a.v); }
+template <class T>
+PYLLM_INLINE void store(T* p, f32x16 a) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(a, T{}));
 }
 // Whole numbers in [-128, 127].
 PYLLM_INLINE void store_int8(int8_t* p, f32x16 a) {
@@ -318,6 +322,29 @@ PYLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 PYLLM_INLINE f32x16 zero() { return splat(0.0f); }
 
 // The first n of 16 lanes; the others are `fill` and their memory is not touched.
+#if defined(PYLLM_ISA_AVX512)
+PYLLM_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1 << n) - 1); }
+template <class T>
+PYLLM_INLINE f32x16 load_n(const T* p, int64_t n, float fill = 0.0f) {
+  if (n >= kLanes) return load(p);
+  f32x16 a;
+  if constexpr (std::is_same_v<T, float>)
+    a.v = _mm512_maskz_loadu_ps(first_lanes(n), p);
+  else if constexpr (std::is_same_v<T, int8_t>)
+    a.v = _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_maskz_loadu_epi8(first_lanes(n), p)));
+  else
+    a = widen(_mm256_maskz_loadu_epi16(first_lanes(n), p), T{});
+  return {_mm512_mask_mov_ps(_mm512_set1_ps(fill), first_lanes(n), a.v)};
+}
+template <class T>
+PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
+  if (n >= kLanes) return store(p, a);
+  if constexpr (std::is_same_v<T, float>)
+    _mm512_mask_storeu_ps(p, first_lanes(n), a.v);
+  else
+    _mm256_mask_storeu_epi16(p, first_lanes(n), narrow(a, T{}));
+}
+#else
 template <class T>
 PYLLM_INLINE f32x16 load_n(const T* p, int64_t n, float fill = 0.0f) {
   if (n >= kLanes) return load(p);
@@ -328,14 +355,11 @@ PYLLM_INLINE f32x16 load_n(const T* p, int64_t n, float fill = 0.0f) {
 template <class T>
 PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
   if (n >= kLanes) return store(p, a);
-#if defined(PYLLM_ISA_AVX512)
-  if constexpr (std::is_same_v<T, float>)
-    return _mm512_mask_storeu_ps(p, static_cast<__mmask16>((1 << n) - 1), a.v);
-#endif
   alignas(64) float lanes[kLanes];
   store(lanes, a);
   for (int64_t i = 0; i < n; ++i) p[i] = from_float<T>(lanes[i]);
 }
+#endif
 
 // e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: the reduction in two steps (Cody and Waite), then
 // a polynomial of degree 6.

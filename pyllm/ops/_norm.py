@@ -4,10 +4,13 @@ import torch
 
 from pyllm import _C
 from pyllm.ops import device
-from pyllm.ops.alloc import check_same_memory, empty_like
+from pyllm.ops.alloc import check_same_memory, empty, empty_like
 from pyllm.quant import QuantRows
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+# On the CPU, sums over rows are first over blocks of so many rows and about so many values: work
+# for some microseconds, sums short enough to lose no digits, and few bytes beside the rows'.
+_BLOCK_ROWS, _BLOCK_VALUES = (16, 64), 16384
 
 
 def at_most_3d(x):
@@ -113,6 +116,27 @@ def backward(backend, op, dy, x, weight, eps, residual_grad, out, n_parameters):
         floats = library.norm_backward_scratch(x.numel() // width, width)
         scratch = x.new_empty(floats, dtype=torch.float32)
         getattr(library, op)(*tensors, *results, scratch, device.stream(x))
+    return dx, *gradients
+
+
+def backward_cpu(kernel, dy, x, weight, eps, residual_grad, out, n_parameters):
+    """The CPU kernel's: ``(dx, dweight)``, and dbias of two parameters."""
+    dx = empty_like(x) if out is None else out
+    width = x.shape[-1]
+    like = empty((width,), x.dtype) if weight is None else weight
+    gradients = [empty_like(like) for _ in range(n_parameters)]
+    least, most = _BLOCK_ROWS
+    block = width * min(max(_BLOCK_VALUES // max(width, 1), least), most)
+    partial = empty((n_parameters, x.numel() // max(block, 1) + 1, width), torch.float32)
+    dx_rows = dx
+    if x.ndim > 3:
+        dy = at_most_3d(dy)
+        x, residual_grad, dx_rows, _ = flattened(x, residual_grad, dx)
+    dweight, dbias = gradients[0], gradients[1] if n_parameters > 1 else None
+    kernel(dy, x, weight, eps, residual_grad, dx_rows, dweight, dbias, partial)
+    if x.numel() == 0:
+        for gradient in gradients:
+            gradient.zero_()
     return dx, *gradients
 
 

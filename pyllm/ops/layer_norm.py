@@ -45,7 +45,7 @@ def layer_norm(
 def layer_norm_backward(
     dy, x, weight=None, eps=1e-5, *, residual_grad=None, out=None, backend=None
 ):
-    """The gradients of `layer_norm`. There is no CPU kernel: the reference serves there.
+    """The gradients of `layer_norm`.
 
     Args:
         dy: like `x`, the gradient of the result.
@@ -107,6 +107,11 @@ def _cpu(x, weight, bias, eps, residual, quantize, out):
     x, residual, rows, sums = flattened(x, residual, y, total)
     _C.layer_norm(x, weight, bias, eps, residual, rows, sums)
     return y if total is None else (y, total)
+
+
+@_BACKWARD.register("cpu")
+def _backward_cpu(*arguments):
+    return _norm.backward_cpu(_C.layer_norm_backward, *arguments, n_parameters=2)
 
 
 def _device(backend, *arguments):

@@ -78,6 +78,8 @@ class _Local(threading.local):
 
 
 _local = _Local()
+# os.environ.get takes as long as a small kernel.
+_ENVIRONMENT, _VARIABLE = os.environ._data, os.environ.encodekey("PYLLM_BACKEND")
 
 
 @contextmanager
@@ -98,7 +100,7 @@ def _set(backend):
 
 def default_backend() -> str | None:
     """The backend of calls that name none, or None where `RULES` decide."""
-    return _local.backend or os.environ.get("PYLLM_BACKEND")
+    return _local.backend or (os.environ["PYLLM_BACKEND"] if _VARIABLE in _ENVIRONMENT else None)
 
 
 class BackendError(RuntimeError):
@@ -168,6 +170,8 @@ class Op:
         """The function that serves a call whose first tensor is `x`."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.is_cpu and not (backend or default_backend()):
+            return self._plain()
         return device.guarded(x, self.backends[self.choose(x.device.type, backend, x)])
 
     def serve(self, library_call: Callable, backend: str | None, *tensors) -> Callable:
@@ -180,13 +184,16 @@ class Op:
         """
         way = DISPATCHED if is_dynamo_compiling() else route(backend, *tensors)
         if way == PLAIN:
-            # Nothing but the device decides (no rule for the CPU looks at more): once for all.
-            if self._on_cpu is None:
-                self._on_cpu = self.backends[self.choose("cpu")]
-            return self._on_cpu
+            return self._plain()
         if way == DISPATCHED:
             return functools.partial(library_call, backend=backend)
         return self.implementation(tensors[0], backend)
+
+    def _plain(self):
+        # Nothing but the device decides (no rule for the CPU looks at more): once for all.
+        if self._on_cpu is None:
+            self._on_cpu = self.backends[self.choose("cpu")]
+        return self._on_cpu
 
 
 def dispatches(*tensors) -> bool:

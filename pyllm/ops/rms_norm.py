@@ -45,7 +45,7 @@ def rms_norm(x, weight, eps=1e-6, *, residual=None, quantize=None, out=None, bac
 def rms_norm_backward(
     dy, x, weight, eps=1e-6, *, residual_grad=None, out=None, backend=None
 ):  # fmt: skip
-    """The gradients of `rms_norm`. There is no CPU kernel: the reference serves there.
+    """The gradients of `rms_norm`.
 
     Args:
         dy: like `x`, the gradient of the result.
@@ -103,6 +103,11 @@ def _cpu(x, weight, eps, residual, quantize, out):
     x, residual, rows, sums = flattened(x, residual, y, total)
     _C.rms_norm(x, weight, eps, residual, rows, sums, None, 0)
     return y if total is None else (y, total)
+
+
+@_BACKWARD.register("cpu")
+def _backward_cpu(*arguments):
+    return _norm.backward_cpu(_C.rms_norm_backward, *arguments, n_parameters=1)
 
 
 def _device(backend, x, weight, eps, residual, quantize, out):

@@ -5,6 +5,7 @@ from torch import is_grad_enabled
 from torch.compiler import is_dynamo_compiling
 from torch.utils._pytree import tree_map_only
 
+from pyllm._C import needs_tracing
 from pyllm.ops.registry import OPS, default_backend
 
 _LIBRARY = torch.library.Library("pyllm", "DEF")
@@ -86,6 +87,10 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
         return below_autograd(*arguments)
 
     def call(*arguments):
+        if not (is_dynamo_compiling() or needs_tracing(*arguments)):
+            if is_grad_enabled() and torch._C._any_requires_grad(*arguments):
+                return apply_eager(*arguments)
+            return run(*arguments)
         # The transforms of torch.func look into no autograd kernel.
         if is_dynamo_compiling() or not _transforms():
             return op(*arguments)
@@ -100,6 +105,10 @@ def define(schema, run, fake, *, setup=None, backward=None, rows=(), autocast=No
     }
     methods = {method: staticmethod(function) for method, function in methods.items()}
     function = type(name, (torch.autograd.Function,), methods)
+    # What `Function.apply` calls once it has bound the arguments to forward's signature, which
+    # takes longer than a small kernel, and found no function transform.
+    eager = type(name, (torch.autograd.Function,), {**methods, "forward": staticmethod(run)})
+    apply_eager = super(torch.autograd.Function, eager).apply
     _LIBRARY.impl(name, autograd, "Autograd")
     torch.library.register_vmap(f"pyllm::{name}", vmap, lib=_LIBRARY)
     return call
