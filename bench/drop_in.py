@@ -30,6 +30,9 @@ WAYS = {
         "unpatched": None, "patched": {}, "patched, int8": {"linear": "int8"},
         "patched, int4": {"linear": "int4"},
     },
+    "prompt": {
+        "unpatched": None, "patched": {}, "patched, int8": {"linear": "int8"},
+    },
 }  # fmt: skip
 
 
@@ -90,7 +93,25 @@ class SmolLM2:
             raise AssertionError(f"{way}: other tokens than before")
 
 
-CASES = {"minilm": MiniLM, "smollm2": SmolLM2}
+class Prompt(SmolLM2):
+    """Tokens per second of a prompt, nothing written after it."""
+
+    n = 512
+    what = f"SmolLM2-135M, a prompt of {n} tokens"
+
+    def __init__(self):
+        super().__init__()
+        self.prompt = torch.randint(1000, 40000, (1, self.n))
+
+    def run(self, model):
+        return model(self.prompt, use_cache=False, logits_to_keep=1).logits
+
+    def check(self, way, result, before):
+        if "int" not in way:
+            torch.testing.assert_close(result, before, rtol=1e-3, atol=1e-3)
+
+
+CASES = {"minilm": MiniLM, "smollm2": SmolLM2, "prompt": Prompt}
 NEEDED = ("transformers", "gguf")
 
 

@@ -100,15 +100,3 @@ def cells(data) -> list[tuple[str, ...]]:
         )
         for r in data["rows"]
     ]  # fmt: skip
-
-
-def table(data):
-    """As a rich table."""
-    from rich.table import Table
-
-    t = Table(title=f"calls on one row; beside the kernel at most {data['limit_us']:.0f} µs")
-    for name in HEAD:
-        t.add_column(name, justify="left" if name == HEAD[0] else "right")
-    for row in cells(data):
-        t.add_row(*row)
-    return t

@@ -8,6 +8,7 @@ from . import (
     drop_in,
     gpu_decode,
     models,
+    modules,
     overhead,
     plot,
     prompt_lookup,
@@ -83,6 +84,11 @@ def _limits(data):
 def _overhead(data):
     title = f"### Calls on one row, at most {data['limit_us']:.0f} µs beside the kernel meant"
     return [title, "", *table("|".join(overhead.HEAD), overhead.cells(data))]
+
+
+def _modules(data):
+    title = f"### Norms as modules, beside those of torch, {data['rounds']} rounds"
+    return [title, "", *table("|".join(modules.HEAD), modules.cells(data))]
 
 
 def _end_to_end(data):
@@ -179,7 +185,7 @@ def _drop_in(data):
 
 
 PARTS = {
-    "limits": _limits, "overhead": _overhead, "perplexity": _perplexity,
+    "limits": _limits, "overhead": _overhead, "modules": _modules, "perplexity": _perplexity,
     "prompt_lookup": _prompt_lookup,
     "context": _end_to_end, "end_to_end": _end_to_end, "interference": _interference,
     "startup": _startup, "profile": _profile, "kernels": status.headline,

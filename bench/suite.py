@@ -10,6 +10,7 @@ from . import (
     kernels,
     limits,
     models,
+    modules,
     overhead,
     perplexity,
     profile,
@@ -79,6 +80,7 @@ def run(
     where = record.environment(threads, other)
     record.write(folder / "limits.json", {"limits": limits.measure(threads=threads)}, where)
     record.write(folder / "overhead.json", overhead.measure(threads, progress=progress), where)
+    record.write(folder / "modules.json", modules.measure(threads, progress=progress), where)
     path = folder / f"{KERNELS}.json"
     if (not only or KERNELS in only) and not (resume and _is_done(path)):
         where = record.environment(threads, other)

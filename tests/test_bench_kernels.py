@@ -10,7 +10,18 @@ import pytest
 import torch
 from test_bench import bench
 
-from pyllm.bench import baselines, case, kernels, limits, overhead, record, shapes, timing
+from pyllm.bench import (
+    baselines,
+    case,
+    kernels,
+    limits,
+    modules,
+    overhead,
+    record,
+    results,
+    shapes,
+    timing,
+)
 
 TINY = {"tiny": shapes.SHAPES["tiny"]}
 
@@ -239,6 +250,23 @@ def test_overhead(tmp_path):
         assert 0 < row["kernel_us"] < row["call_us"]
         assert row["overhead_us"] == pytest.approx(row["call_us"] - row["kernel_us"])
         assert row["op"].partition(",")[0] in shown
+
+
+def test_modules(monkeypatch):
+    monkeypatch.setattr(modules, "SIZES", [(1, 64), (5, 17)])
+    data = modules.measure(threads=1, rounds=2)
+    assert len(data["rows"]) == 2 * 2 * 2 * len(modules.DTYPES)
+    for row in data["rows"]:
+        assert row["ratio_low"] <= row["ratio"] <= row["ratio_high"]
+    assert "| RMSNorm, residual | 5 x 17 |" in "\n".join(results.PARTS["modules"](data))
+
+
+def test_modules_are_called_alike():
+    for residual in (False, True):
+        for name in modules.NORMS:
+            ours, theirs = modules.calls(name, 3, 17, torch.float32, residual)
+            y = ours()[0] if residual else ours()
+            torch.testing.assert_close(y, theirs())
 
 
 def test_limits(tmp_path):

@@ -67,3 +67,15 @@ def spinner():
     from rich.console import Console
 
     return Console(stderr=True).status("")
+
+
+def as_table(title, head, rows, left=1):
+    """Texts as a rich table, the first `left` columns to the left."""
+    from rich.table import Table
+
+    t = Table(title=title, title_justify="left")
+    for i, name in enumerate(head):
+        t.add_column(name, justify="left" if i < left else "right")
+    for row in rows:
+        t.add_row(*row)
+    return t

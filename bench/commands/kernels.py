@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from .common import Out, Rounds, Threads, app, make_console, spinner, thread_count
+from .common import Out, Rounds, Threads, app, as_table, make_console, spinner, thread_count
 
 
 @app.command()
@@ -86,7 +86,26 @@ def overhead_(threads: Threads = None, rounds: Rounds = 15, out: Out = None):
     where = record.environment(threads)
     with spinner() as status:
         data = overhead.measure(threads, rounds, status.update)
-    make_console().print(overhead.table(data))
+    title = f"calls on one row; beside the kernel at most {data['limit_us']:.0f} µs"
+    make_console().print(as_table(title, overhead.HEAD, overhead.cells(data)))
+    if out:
+        record.write(out, data, where)
+
+
+@app.command(name="modules")
+def modules_(threads: Threads = None, rounds: Rounds = 15, out: Out = None):
+    """Norms as modules, beside those of torch, from one row to a prompt."""
+    from .. import modules, record
+
+    threads = thread_count(threads)
+    where = record.environment(threads)
+    with spinner() as status:
+        data = modules.measure(threads, rounds, status.update)
+    make_console().print(
+        as_table(
+            f"modules, {threads} threads, {rounds} rounds", modules.HEAD, modules.cells(data), 3
+        )
+    )
     if out:
         record.write(out, data, where)
 
