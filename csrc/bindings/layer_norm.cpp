@@ -25,8 +25,7 @@ py::object layer_norm(py::handle x_object, Tensor weight, Tensor bias, float eps
                      results.sums,
                      eps,
                      rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
-  const int64_t work = x.numel() / (residual.defined() ? 2 : 4);
-  run(make_launch("layer_norm", kernels().layer_norm, args, work));
+  run(make_launch("layer_norm", kernels().layer_norm, args, norm_work(x, residual)));
   return results.result();
 }
 

@@ -30,7 +30,7 @@ py::object rms_norm(py::handle x_object, Tensor weight, float eps, Tensor residu
                    group_size,
                    eps,
                    rows_per_chunk(x.shape[0], x.shape[1] * x.shape[2])};
-  run(make_launch("rms_norm", kernels().rms_norm, args, x.numel() / 4));
+  run(make_launch("rms_norm", kernels().rms_norm, args, norm_work(x, residual)));
   return results.result();
 }
 
