@@ -446,12 +446,10 @@ def test_alone_and_in_a_ragged_batch_results_and_gradients_have_the_same_bits(ba
 def test_a_bias_that_needs_no_gradient_is_not_differentiated(monkeypatch):
     backends, asked = OPS["flash_attention_backward"].backends, []
     reference = backends["reference"]
-    for name in list(backends):
-        monkeypatch.delitem(backends, name)
     monkeypatch.setitem(backends, "reference", lambda *a: (asked.append(a[-1]), reference(*a))[1])
     for needed in (False, True):
         q, k, v = inputs(1, 3, 5)
         bias = rand(3, 5).requires_grad_(needed)
-        flash_attention(q.requires_grad_(), k, v, bias=bias).sum().backward()
+        flash_attention(q.requires_grad_(), k, v, bias=bias, backend="reference").sum().backward()
         assert (bias.grad is not None) == needed
     assert asked == [False, True]
