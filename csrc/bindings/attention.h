@@ -58,10 +58,11 @@ inline void run_attention(Check& c, const char* name, AttentionArgs& a, int64_t 
   if (a.batch == 0 || a.q.numel() == 0) return;
   fill_options(a, options);
   a.set_shapes();
-  // Some thirty multiplications a nanosecond, were every query to see as many keys as may be; of
-  // few queries a dozen numbers of keys and values.
-  const int64_t keys = a.batch * max_keys * a.k.shape[2] * a.q.shape[3] * 2;
-  const int64_t work = std::max(a.q.numel() * max_keys * 2 / 30, keys / 12);
+  // Some thirty multiplications a nanosecond, were every query to see as many keys as may be, or of
+  // few queries a dozen numbers of keys and values; and what a row and a chunk take at least.
+  const int64_t kv_heads = a.batch * a.k.shape[2], d = a.q.shape[3];
+  const int64_t work = std::max(a.q.numel() * max_keys * 2 / 30, kv_heads * max_keys * d * 2 / 12) +
+                       a.q.numel() / d * 30 + kv_heads * 300;
   if (const int64_t floats = partial_floats(a)) {
     const Scratch partials = scratch(1, floats * static_cast<int64_t>(sizeof(float)));
     a.partials = partials.tensor.as<float>();
