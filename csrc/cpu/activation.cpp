@@ -15,33 +15,73 @@ PYLLM_INLINE f32x16 times_sigmoid(f32x16 x, f32x16 minus_u) {
   return x / (splat(1.0f) + exp(minus_u));
 }
 
-// The normal distribution function, (1 + erf(x / sqrt 2)) / 2, to a few ulp also where it is small:
-// Phi(-t) = exp(-t^2 / 2) P((t - 3) / (t + 3)) for t >= 0, P a minimax fit with error 8e-9.
+template <int N>
+PYLLM_INLINE f32x16 polynomial(const float (&coefficients)[N], f32x16 x) {
+  f32x16 p = splat(coefficients[0]);
+#pragma GCC unroll 9
+  for (int i = 1; i < N; ++i) p = fma(p, x, splat(coefficients[i]));
+  return p;
+}
+
+constexpr float kLog2E = 1.44269504088896341f;
+
+// The normal distribution function, (1 + erf(x / sqrt 2)) / 2, also where it is small to a few ulp,
+// or to 16 bits for values that will be rounded to fewer. Phi(-t) = exp(-t^2 / 2) P((t - c) / (t +
+// c)) for t >= 0; bench/minimax.py finds the polynomials. What counts is multiplications: some 25
+// and 16.
+template <bool kShort>
 PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
-  const f32x16 t = min(splat(16.0f), abs(x));  // Phi(-16) is 0 in float; the order keeps NaN
-  const f32x16 y = (t - splat(3.0f)) / (t + splat(3.0f));
-  constexpr float kCoefficients[] = {1.155439565e-04f, -3.394851928e-04f, -9.837586147e-04f,
-                                     2.904556327e-03f, 6.132070701e-03f,  -4.621329098e-02f,
-                                     1.232250307e-01f, -2.064026190e-01f, 1.215139476e-01f};
-  f32x16 p = splat(5.367208525e-05f);
-  for (float c : kCoefficients) p = fma(p, y, splat(c));
-  // t^2 rounds, and its error would come out t^2 / 2 times larger: carry it along.
-  const f32x16 square = t * t, rest = fma(t, t, zero() - square);
-  const f32x16 lower = exp(square * splat(-0.5f)) * fma(p * rest, splat(-0.5f), p);
+  constexpr float kFurthest = 13.2f;  // beyond it the result is not a normal float
+  constexpr float kC = kShort ? 2.75f : 2.5f;
+  const f32x16 t = min(splat(kFurthest), abs(x));
+  const f32x16 y = (t - splat(kC)) * reciprocal(t + splat(kC));
+  f32x16 p, power, n;
+  if constexpr (kShort) {
+    constexpr float kCdf[] = {3.045521608e-03f, -6.002264903e-05f, -3.598454556e-02f,
+                              1.194025380e-01f, -2.169863356e-01f, 1.307252147e-01f};
+    constexpr float kPower[] = {9.570101434e-03f, 5.591786028e-02f, 2.402474484e-01f,
+                                6.931218147e-01f, 9.999992614e-01f};
+    const f32x16 exponent = t * splat(-0.5f * kLog2E) * t;
+    n = round(exponent);
+    power = polynomial(kPower, exponent - n);
+    p = polynomial(kCdf, y);
+  } else {
+    constexpr float kCdf[] = {-1.565433817e-04f, -3.308366390e-04f, 8.022568751e-04f,
+                              2.942367106e-03f,  -5.118780125e-03f, -2.454816458e-02f,
+                              1.131352567e-01f,  -2.280698018e-01f, 1.413313405e-01f};
+    // The square must not round before it is reduced: its error would come out multiplied by it.
+    const f32x16 half = t * splat(-0.5f);
+    n = round(half * splat(kLog2E) * t);
+    const f32x16 r = fma(n, splat(-kLn2Low), fma(half, t, n * splat(-kLn2High)));
+    power = expm1_polynomial(r) + splat(1.0f);
+    p = polynomial(kCdf, y);
+  }
+  const f32x16 lower = select_less(t, splat(kFurthest), scale_by_power(p * power, n), zero());
   return select_less(zero(), x, splat(1.0f) - lower, lower);
 }
 
+// Each to float32's accuracy or, if T is a half, to its.
 struct Relu {
-  PYLLM_INLINE f32x16 apply(f32x16 x) { return max(zero(), x); }
+  template <class T>
+  PYLLM_INLINE f32x16 apply(f32x16 x) {
+    return max(zero(), x);
+  }
 };
 struct Silu {
-  PYLLM_INLINE f32x16 apply(f32x16 x) { return times_sigmoid(x, zero() - x); }
+  template <class T>
+  PYLLM_INLINE f32x16 apply(f32x16 x) {
+    return times_sigmoid(x, zero() - x);
+  }
 };
 struct Gelu {
-  PYLLM_INLINE f32x16 apply(f32x16 x) { return x * normal_cdf(x); }
+  template <class T>
+  PYLLM_INLINE f32x16 apply(f32x16 x) {
+    return x * normal_cdf<sizeof(T) == 2>(x);
+  }
 };
 // (1 + tanh u) / 2 is the sigmoid of 2 u.
 struct GeluTanh {
+  template <class T>
   PYLLM_INLINE f32x16 apply(f32x16 x) {
     const f32x16 cubic = fma(x * x, splat(0.044715f), splat(1.0f)) * x;
     return times_sigmoid(x, cubic * splat(-1.5957691216057308f));  // -2 sqrt(2 / pi)
@@ -51,7 +91,7 @@ struct GeluTanh {
 template <class F, class T>
 void apply_row(const T* x, const T* up, T* y, int64_t n) {
   over_row(n, [&](int64_t i, int64_t left) PYLLM_LAMBDA {
-    f32x16 v = F::apply(load_n(x + i, left));
+    f32x16 v = F::template apply<T>(load_n(x + i, left));
     if (up) v = v * load_n(up + i, left);
     store_n(y + i, v, left);
   });
@@ -64,7 +104,7 @@ void quantize_block(const ActivationArgs& a, int64_t t, int64_t column, int64_t 
   const int g = a.group_size;
   quantize_groups({a.quantized.row<uint8_t>(t), {a.x.shape[2], g}}, column / g, (column + n) / g,
                   [=](int64_t i) {
-                    const f32x16 v = F::apply(load(x + i));
+                    const f32x16 v = F::template apply<T>(load(x + i));
                     return up ? v * load(up + i) : v;
                   });
 }

@@ -321,6 +321,17 @@ PYLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 PYLLM_INLINE f32x16 zero() { return splat(0.0f); }
 
+// 1 / x to about 1 ulp, for x that is normal and whose reciprocal is.
+PYLLM_INLINE f32x16 reciprocal(f32x16 x) {
+#if defined(PYLLM_ISA_AVX512)
+  // 14 bits, and a step of Newton's: a third of a division's time.
+  const f32x16 y = {_mm512_rcp14_ps(x.v)};
+  return y * fma(zero() - x, y, splat(2.0f));
+#else
+  return splat(1.0f) / x;
+#endif
+}
+
 // The first n of 16 lanes; the others are `fill` and their memory is not touched.
 #if defined(PYLLM_ISA_AVX512)
 PYLLM_INLINE __mmask16 first_lanes(int64_t n) { return static_cast<__mmask16>((1 << n) - 1); }
@@ -361,11 +372,8 @@ PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
 }
 #endif
 
-// e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: the reduction in two steps (Cody and Waite), then
-// a polynomial of degree 6.
-PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
-  f32x16 r = fma(n, splat(-0.693359375f), x);
-  r = fma(n, splat(2.12194440e-4f), r);
+// e^r - 1 for r in [-ln2/2, ln2/2].
+PYLLM_INLINE f32x16 expm1_polynomial(f32x16 r) {
   f32x16 p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
   p = fma(p, r, splat(8.3334519073e-3f));
@@ -373,6 +381,14 @@ PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   return fma(p * r, r, r);
+}
+
+// ln 2 in two parts (Cody and Waite): whole numbers of 14 bits times the first are exact.
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+
+// e^(x - n ln 2) - 1.
+PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
+  return expm1_polynomial(fma(n, splat(-kLn2Low), fma(n, splat(-kLn2High), x)));
 }
 
 // e^x to about 1 ulp; exp(0) is exactly 1, exp(-inf) exactly 0, NaN stays NaN.
