@@ -26,26 +26,27 @@ def minimax(f, degree, low, high, points=4000, steps=200):
     return fitted.convert(kind=np.polynomial.Polynomial).coef[::-1], error.max()
 
 
-def normal_cdf(degree, c, furthest=13.2):
-    """P(y) = Phi(-t) exp(t^2 / 2) for y = (t - c) / (t + c), t from 0 to `furthest`."""
+def normal_cdf(degree, c, center=0.25, furthest=13.2):
+    """P(y) = Phi(-t) exp(t^2 / 2) for y = 1 / (t + c) - center, t from 0 to `furthest`."""
 
     def f(y):
-        t = torch.from_numpy(c * (1 + y) / (1 - y))
+        t = torch.from_numpy(1 / (y + center) - c)
         return torch.special.erfcx(t / math.sqrt(2)).numpy() / 2
 
-    return minimax(f, degree, -1, (furthest - c) / (furthest + c))
+    return minimax(f, degree, 1 / (furthest + c) - center, 1 / c - center)
 
 
-def power_of_two(degree):
-    """2^x for x from -1/2 to 1/2."""
-    return minimax(np.exp2, degree, -0.5, 0.5)
+def power(degree):
+    """e^(-x / 2) for x from -ln 2 to ln 2."""
+    return minimax(lambda x: np.exp(-x / 2), degree, -math.log(2), math.log(2))
 
 
 if __name__ == "__main__":
     for name, (coefficients, error) in {
         "normal_cdf, float32: c = 2.5, degree 8": normal_cdf(8, 2.5),
         "normal_cdf, halves: c = 2.75, degree 5": normal_cdf(5, 2.75),
-        "2^x, halves: degree 4": power_of_two(4),
+        "e^(-x/2), float32: degree 5": power(5),
+        "e^(-x/2), halves: degree 4": power(4),
     }.items():
         numbers = ", ".join(f"{x:.9e}f" for x in coefficients)
         print(f"{name}, error {error:.1e}\n  {numbers}")

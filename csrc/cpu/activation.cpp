@@ -23,40 +23,38 @@ PYLLM_INLINE f32x16 polynomial(const float (&coefficients)[N], f32x16 x) {
   return p;
 }
 
-constexpr float kLog2E = 1.44269504088896341f;
-
 // The normal distribution function, (1 + erf(x / sqrt 2)) / 2, also where it is small to a few ulp,
-// or to 16 bits for values that will be rounded to fewer. Phi(-t) = exp(-t^2 / 2) P((t - c) / (t +
-// c)) for t >= 0; bench/minimax.py finds the polynomials. What counts is multiplications: some 25
-// and 16.
+// or to 16 bits for values that will be rounded to fewer. Phi(-t) = exp(-t^2 / 2) P(1 / (t + c))
+// for t >= 0; bench/minimax.py finds the polynomials. What counts is multiplications, 23 and 18.
 template <bool kShort>
 PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
   constexpr float kFurthest = 13.2f;  // beyond it the result is not a normal float
   constexpr float kC = kShort ? 2.75f : 2.5f;
-  const f32x16 t = min(splat(kFurthest), abs(x));
-  const f32x16 y = (t - splat(kC)) * reciprocal(t + splat(kC));
-  f32x16 p, power, n;
+  const f32x16 t = min(splat(kFurthest), abs(x)), square = t * t;
+  const f32x16 y = reciprocal(t + splat(kC)) - splat(0.25f);
+  // exp(-t^2 / 2) = 2^-n exp(-r / 2), r = t^2 - 2 n ln 2. The square in r must not have rounded
+  // before: its error would come out multiplied by it.
+  const f32x16 n = round(square * splat(0.5f * 1.44269504088896341f));
+  const f32x16 r = fma(n, splat(-2 * kLn2Low), fma(t, t, n * splat(-2 * kLn2High)));
+  f32x16 p, power;
   if constexpr (kShort) {
-    constexpr float kCdf[] = {3.045521608e-03f, -6.002264903e-05f, -3.598454556e-02f,
-                              1.194025380e-01f, -2.169863356e-01f, 1.307252147e-01f};
-    constexpr float kPower[] = {9.570101434e-03f, 5.591786028e-02f, 2.402474484e-01f,
-                                6.931218147e-01f, 9.999992614e-01f};
-    const f32x16 exponent = t * splat(-0.5f * kLog2E) * t;
-    n = round(exponent);
-    power = polynomial(kPower, exponent - n);
+    constexpr float kCdf[] = {-1.532763439e+01f, -5.280254382e+00f, 5.259404379e+00f,
+                              4.786411245e+00f,  1.767729845e+00f,  2.307599231e-01f};
+    constexpr float kPower[] = {2.591162883e-03f, -2.098863401e-02f, 1.250108967e-01f,
+                                -4.999817024e-01f, 9.999992614e-01f};
     p = polynomial(kCdf, y);
+    power = polynomial(kPower, r);
   } else {
-    constexpr float kCdf[] = {-1.565433817e-04f, -3.308366390e-04f, 8.022568751e-04f,
-                              2.942367106e-03f,  -5.118780125e-03f, -2.454816458e-02f,
-                              1.131352567e-01f,  -2.280698018e-01f, 1.413313405e-01f};
-    // The square must not round before it is reduced: its error would come out multiplied by it.
-    const f32x16 half = t * splat(-0.5f);
-    n = round(half * splat(kLog2E) * t);
-    const f32x16 r = fma(n, splat(-kLn2Low), fma(half, t, n * splat(-kLn2High)));
-    power = expm1_polynomial(r) + splat(1.0f);
+    constexpr float kCdf[] = {-6.114975850e+01f, 1.386709027e+00f,  1.730109493e+01f,
+                              -4.505419261e+00f, -4.941563582e+00f, 2.234722612e+00f,
+                              3.230495366e+00f,  1.444340044e+00f,  2.057806547e-01f};
+    constexpr float kPower[] = {-2.593017123e-04f, 2.619711374e-03f,  -2.083446842e-02f,
+                                1.249972371e-01f,  -4.999998460e-01f, 1.000000072e+00f};
     p = polynomial(kCdf, y);
+    power = polynomial(kPower, r);
   }
-  const f32x16 lower = select_less(t, splat(kFurthest), scale_by_power(p * power, n), zero());
+  const f32x16 lower =
+      select_less(t, splat(kFurthest), p * scale_by_power(power, zero() - n), zero());
   return select_less(zero(), x, splat(1.0f) - lower, lower);
 }
 
