@@ -1,6 +1,6 @@
 """Where the coefficients of the kernels' polynomials come from: ``python -m bench.minimax``.
 
-Each is the polynomial of least maximal relative error, found by Lawson's algorithm: least squares at
+Each is the polynomial of least maximal relative error, by Lawson's algorithm: least squares at
 Chebyshev points whose weights grow where the error is large.
 """
 
@@ -45,7 +45,7 @@ if __name__ == "__main__":
     for name, (coefficients, error) in {
         "normal_cdf, float32: c = 2.5, degree 8": normal_cdf(8, 2.5),
         "normal_cdf, halves: c = 2.75, degree 5": normal_cdf(5, 2.75),
-        "e^(-x/2), float32: degree 5": power(5),
+        "e^(-x/2), float32: degree 6": power(6),
         "e^(-x/2), halves: degree 4": power(4),
     }.items():
         numbers = ", ".join(f"{x:.9e}f" for x in coefficients)

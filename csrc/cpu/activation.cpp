@@ -25,7 +25,7 @@ PYLLM_INLINE f32x16 polynomial(const float (&coefficients)[N], f32x16 x) {
 
 // The normal distribution function, (1 + erf(x / sqrt 2)) / 2, also where it is small to a few ulp,
 // or to 16 bits for values that will be rounded to fewer. Phi(-t) = exp(-t^2 / 2) P(1 / (t + c))
-// for t >= 0; bench/minimax.py finds the polynomials. What counts is multiplications, 23 and 18.
+// for t >= 0; bench/minimax.py finds the polynomials. What counts is multiplications, 24 and 18.
 template <bool kShort>
 PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
   constexpr float kFurthest = 13.2f;  // beyond it the result is not a normal float
@@ -35,7 +35,8 @@ PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
   // exp(-t^2 / 2) = 2^-n exp(-r / 2), r = t^2 - 2 n ln 2. The square in r must not have rounded
   // before: its error would come out multiplied by it.
   const f32x16 n = round(square * splat(0.5f * 1.44269504088896341f));
-  const f32x16 r = fma(n, splat(-2 * kLn2Low), fma(t, t, n * splat(-2 * kLn2High)));
+  const f32x16 reduced = fma_rounded_once(t, t, n * splat(-2 * kLn2High));
+  const f32x16 r = fma(n, splat(-2 * kLn2Low), reduced);
   f32x16 p, power;
   if constexpr (kShort) {
     constexpr float kCdf[] = {-1.532763439e+01f, -5.280254382e+00f, 5.259404379e+00f,
@@ -48,8 +49,13 @@ PYLLM_INLINE f32x16 normal_cdf(f32x16 x) {
     constexpr float kCdf[] = {-6.114975850e+01f, 1.386709027e+00f,  1.730109493e+01f,
                               -4.505419261e+00f, -4.941563582e+00f, 2.234722612e+00f,
                               3.230495366e+00f,  1.444340044e+00f,  2.057806547e-01f};
-    constexpr float kPower[] = {-2.593017123e-04f, 2.619711374e-03f,  -2.083446842e-02f,
-                                1.249972371e-01f,  -4.999998460e-01f, 1.000000072e+00f};
+    constexpr float kPower[] = {2.162007130e-05f,
+                                -2.617129938e-04f,
+                                2.604264098e-03f,
+                                -2.083302521e-02f,
+                                1.249999802e-01f,
+                                -5.000000182e-01f,
+                                1.0f};
     p = polynomial(kCdf, y);
     power = polynomial(kPower, r);
   }

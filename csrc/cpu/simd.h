@@ -321,6 +321,18 @@ PYLLM_INLINE int64_t larger(int64_t a, int64_t b) { return a > b ? a : b; }
 
 PYLLM_INLINE f32x16 zero() { return splat(0.0f); }
 
+// fma without a second rounding on any target: in double where there is no instruction.
+PYLLM_INLINE f32x16 fma_rounded_once(f32x16 a, f32x16 b, f32x16 c) {
+#if defined(PYLLM_ISA_AVX512) || defined(PYLLM_ISA_AVX2)
+  return fma(a, b, c);
+#else
+  f32x16 r;
+  for (int i = 0; i < kLanes; ++i)
+    r.v[i] = static_cast<float>(static_cast<double>(a.v[i]) * b.v[i] + c.v[i]);
+  return r;
+#endif
+}
+
 // 1 / x to about 1 ulp, for x that is normal and whose reciprocal is.
 PYLLM_INLINE f32x16 reciprocal(f32x16 x) {
 #if defined(PYLLM_ISA_AVX512)
@@ -372,8 +384,12 @@ PYLLM_INLINE void store_n(T* p, f32x16 a, int64_t n) {
 }
 #endif
 
-// e^r - 1 for r in [-ln2/2, ln2/2].
-PYLLM_INLINE f32x16 expm1_polynomial(f32x16 r) {
+// ln 2 in two parts (Cody and Waite): whole numbers of 14 bits times the first are exact.
+constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
+
+// e^r - 1 for r = x - n ln 2 in [-ln2/2, ln2/2]: a polynomial of degree 6.
+PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
+  const f32x16 r = fma(n, splat(-kLn2Low), fma(n, splat(-kLn2High), x));
   f32x16 p = splat(1.9875691500e-4f);
   p = fma(p, r, splat(1.3981999507e-3f));
   p = fma(p, r, splat(8.3334519073e-3f));
@@ -381,14 +397,6 @@ PYLLM_INLINE f32x16 expm1_polynomial(f32x16 r) {
   p = fma(p, r, splat(1.6666665459e-1f));
   p = fma(p, r, splat(5.0000001201e-1f));
   return fma(p * r, r, r);
-}
-
-// ln 2 in two parts (Cody and Waite): whole numbers of 14 bits times the first are exact.
-constexpr float kLn2High = 0.693359375f, kLn2Low = -2.12194440e-4f;
-
-// e^(x - n ln 2) - 1.
-PYLLM_INLINE f32x16 expm1_reduced(f32x16 x, f32x16 n) {
-  return expm1_polynomial(fma(n, splat(-kLn2Low), fma(n, splat(-kLn2High), x)));
 }
 
 // e^x to about 1 ulp; exp(0) is exactly 1, exp(-inf) exactly 0, NaN stays NaN.
