@@ -38,9 +38,15 @@ def groups() -> list[str]:
 
 
 def files() -> list[Path]:
-    """All sources that a kernel may be made from."""
-    inside = (SOURCES, ROOT / "csrc/core")
-    return sorted(f for d in inside for f in d.iterdir() if f.suffix in (".cu", ".cuh", ".h"))
+    """All sources that a kernel is made from: those of the folder, and what they include."""
+    found = [f for f in SOURCES.iterdir() if f.suffix in (".cu", ".cuh", ".h")]
+    for file in found:  # which grows
+        for name in re.findall(r'^#include "(.+)"', file.read_text(), flags=re.M):
+            included = ROOT / "csrc" / name
+            # The emulator's are for other compilers.
+            if included not in found and not name.startswith("emulator/"):
+                found.append(included)
+    return sorted(found)
 
 
 def fingerprint() -> str:

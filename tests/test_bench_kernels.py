@@ -196,6 +196,8 @@ def test_baselines_compute_the_same(op):
             if other.name in ("torch int4", "torch int8"):
                 continue  # weights of their own
             call = other.ops[op](arguments, c.options)
+            if call is None:
+                continue  # it cannot do this case
             for a, b in zip(case.tensors(call()), ours, strict=True):
                 assert torch.allclose(a.double(), b.double(), atol=1e-3), (other.name, c.shape)
 
