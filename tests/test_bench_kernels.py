@@ -198,7 +198,11 @@ def test_baselines_compute_the_same(op):
             call = other.ops[op](arguments, c.options)
             if call is None:
                 continue  # it cannot do this case
-            for a, b in zip(case.tensors(call()), ours, strict=True):
+            theirs = case.tensors(call())
+            if other.name == "torch padded":  # which is not timed cutting its padding off
+                rows = zip(theirs[0].transpose(1, 2), c.options["lengths"], strict=True)
+                theirs = [torch.cat([y[:n] for y, n in rows])]
+            for a, b in zip(theirs, ours, strict=True):
                 assert torch.allclose(a.double(), b.double(), atol=1e-3), (other.name, c.shape)
 
 
