@@ -47,6 +47,7 @@ class Case:
         size: what the plot against time has on its axis, if the cases form a series.
         meant: ``meant(arguments, backend)``, what the result is of, where a kernel rounds its
             arguments first.
+        floor: the error that is always allowed, where the result is a difference of larger numbers.
         part: what of the arguments is verified, where the reference of all would not fit memory.
         part_of_result: what `part` of the arguments decides of a result.
         options: what baselines have to know beside the arguments.
@@ -61,6 +62,7 @@ class Case:
     arithmetic: str = "float32_gflops"
     size: int | None = None
     meant: Callable[[dict, str], dict] = lambda arguments, backend: arguments
+    floor: Callable[[dict], float | None] = lambda arguments: None
     part: Callable[[dict], dict] = lambda arguments: arguments
     part_of_result: Callable[[torch.Tensor], torch.Tensor] = lambda result: result
     options: dict = field(default_factory=dict)

@@ -3,6 +3,7 @@
 import torch
 
 from pyllm import ops
+from pyllm.testing import EPS
 
 from .case import Case
 
@@ -37,5 +38,7 @@ def _case(model, rows, vocab, greedy, setting):
     return Case(
         "sample", f"{model}, {rows} x {vocab}, {how}", make, call, 4 * rows * vocab,
         22 * rows * vocab, size=rows,
+        # A log-probability is a logit less the logarithm of the sum, each rounded.
+        floor=lambda a: EPS[torch.float32] * a["logits"].abs().max().item(),
         options={"greedy": greedy, "top_k": TOP_K, "top_p": TOP_P, "temperature": TEMPERATURE},
     )  # fmt: skip
