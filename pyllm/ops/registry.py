@@ -170,8 +170,12 @@ class Op:
         """The function that serves a call whose first tensor is `x`."""
         if not isinstance(x, Tensor):
             raise TypeError(f"{self.name}: expected a torch.Tensor, got {type(x).__name__}")
-        if x.is_cpu and not (backend or default_backend()):
-            return self._plain()
+        if x.is_cpu:
+            asked = backend or default_backend()
+            if not asked:
+                return self._plain()
+            if asked == "cpu" and asked in self.backends:
+                return self.backends[asked]
         return device.guarded(x, self.backends[self.choose(x.device.type, backend, x)])
 
     def serve(self, library_call: Callable, backend: str | None, *tensors) -> Callable:
