@@ -60,7 +60,8 @@ void rms_norm() {
   args.eps = 1e-5f;
   args.tokens_per_chunk = 4;
   ThreadPool::get().resize(2);
-  submit({make_launch("rms_norm", kernels().rms_norm, args)});
+  const Launch launch = make_launch("rms_norm", kernels().rms_norm, args);
+  submit(&launch, 1);
   for (int64_t r = 0; r < kRows; ++r) {
     double squares = 0;
     for (int64_t i = 0; i < kWidth; ++i) squares += double(x[r * kWidth + i]) * x[r * kWidth + i];
